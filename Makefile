@@ -1,0 +1,55 @@
+# make demo        export the demo bundle to ONNX Runtime, talk to it, validate it: build/demo/
+# make test        lint and the test suite;  make heavy: the tests that take minutes
+# make lint        ruff and pyright
+# make bench       compare with llama.cpp and onnxruntime-genai: minutes
+# make demo-train  train the demo bundle again: build/demo-train/
+#
+# Each environment is built once and again when pyproject.toml changes. PYTHON=python3.12 picks another Python;
+# PIP_* variables and pip.conf pick another index.
+
+PYTHON ?= python3
+PIP = -m pip --disable-pip-version-check --no-input
+DEMO = build/demo
+CLI = .venv/bin/calora-export
+
+.DELETE_ON_ERROR:
+.PHONY: demo test heavy lint bench demo-train clean
+
+demo: .venv/ready
+	rm -rf $(DEMO)
+	$(CLI) demo $(DEMO)/bundle
+	$(CLI) export $(DEMO)/bundle -o $(DEMO)/package --recipe onnx-int4
+	$(CLI) run $(DEMO)/package --prompt "Write the word SAFARI backwards."
+	$(CLI) run $(DEMO)/package --prompt "Write 9 November 2006 as an ISO date."
+	$(CLI) run $(DEMO)/package --prompt "What are the initials of LUNAR VENUS?"
+	$(CLI) run $(DEMO)/package --prompt "Write seven hundred twenty in digits."
+	$(CLI) validate $(DEMO)/package --bundle $(DEMO)/bundle --device host
+	@echo "Report:"; ls $(DEMO)/package/report/*
+
+test: .venv-test/ready
+	.venv-test/bin/ruff check
+	.venv-test/bin/python -m pytest -q
+
+heavy: .venv-test/ready
+	.venv-test/bin/python -m pytest -q -m heavy
+
+lint:
+	.venv-test/bin/ruff check
+	.venv-test/bin/pyright
+
+bench: .venv-bench/ready
+	.venv-bench/bin/python -m tests.bench
+
+demo-train: .venv-test/ready
+	.venv-test/bin/python -m calora_export.demo.train build/demo-train
+
+clean:
+	rm -rf .venv .venv-test .venv-bench build
+
+.venv/ready: EXTRA = onnx
+.venv-test/ready: EXTRA = test
+.venv-bench/ready: EXTRA = bench
+.venv/ready .venv-test/ready .venv-bench/ready: pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python $(PIP) install --quiet --editable '.[$(EXTRA)]'
+	touch $@
