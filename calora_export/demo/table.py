@@ -1,0 +1,49 @@
+"""Prints the demo's results as Markdown: `python -m calora_export.demo.table [RESULTS.json]`."""
+
+import json
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results.json")
+COLUMNS = {
+    "no_adapter": "uncompressed, no adapter",
+    "lora": "uncompressed + LoRA",
+    "lora_moved": "that LoRA moved to the compressed base",
+    "lora_compressed": "LoRA trained on the compressed base",
+    "calora": "CA-LoRA on the compressed base",
+}
+ROUTER_ROWS = {
+    "single_sentences": "one sentence, top 1",
+    "single_set": "one sentence, the set selected by top p",
+    "composite_sentences": "two sentences routed one by one, both right",
+    "composite_set": "two sentences as one text, the set selected by top p",
+}
+
+
+def table(results: dict) -> str:
+    """Two Markdown tables (tasks and router, in percent) and a line on how they were made."""
+    rows = [["task", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
+    rows += [[task["task"], *(f"{task[key]:.1f}" for key in COLUMNS)] for task in results["tasks"]]
+    means = (sum(task[key] for task in results["tasks"]) / len(results["tasks"]) for key in COLUMNS)
+    rows.append(["**mean**", *(f"**{mean:.1f}**" for mean in means)])
+    router = [["router", "accuracy"], ["---", "---:"]]
+    router += [[title, f"{results['router'][key]:.1f}"] for key, title in ROUTER_ROWS.items()]
+    made = results["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    seconds = made["seconds"]
+    note = (
+        f"{results['parameters'] / 1e6:.2f} M parameters; {seconds['all']} s on {made['cores']} CPU cores, "
+        f"of which {seconds['base']} s for the base; {versions}."
+    )
+    return "\n\n".join(
+        ["\n".join(f"| {' | '.join(row)} |" for row in block) for block in (rows, router)] + [note]
+    )
+
+
+def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
