@@ -1,7 +1,7 @@
 # make demo        export the demo bundle to ONNX Runtime, talk to it, validate it: build/demo/
 # make test        lint and the test suite;  make heavy: the tests that take minutes
 # make lint        ruff and pyright
-# make bench       compare with llama.cpp and onnxruntime-genai: minutes
+# make bench       compare with llama.cpp (compiled on the first run) and onnxruntime-genai: minutes
 # make demo-train  train the demo bundle again: build/demo-train/
 #
 # Each environment is built once and again when pyproject.toml changes. PYTHON=python3.12 picks another Python;
@@ -35,7 +35,7 @@ heavy: .venv-test/ready
 
 lint:
 	.venv-test/bin/ruff check
-	.venv-test/bin/pyright
+	.venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
 bench: .venv-bench/ready
 	.venv-bench/bin/python -m tests.bench
