@@ -1,0 +1,269 @@
+"""The two files of one adapter directory: PEFT's adapter_config.json and adapter_model.safetensors.
+
+CA-LoRA's recovery branch lies beside PEFT's keys as lora_a1 / lora_a2 (docs/bundle.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from calora_export import strict_json
+from calora_export.errors import BundleError, UnsupportedError, mismatch
+from calora_export.manifest import FILE, Branch, wrong
+from calora_export.sites import expand_sites, natural_key
+from calora_export.tensors import FLOATS, TensorIndex
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {"lora": ("lora_A.weight", "lora_B.weight"), "recovery": ("lora_a1.weight", "lora_a2.weight")}
+
+Positive = Annotated[float, Meta(gt=0)]
+Rank = Annotated[int, Meta(ge=1)]
+_Number = TypeVar("_Number", int, float)
+
+
+class PeftConfig(msgspec.Struct, frozen=True):
+    """What of PEFT's LoraConfig decides the result; the keys that only matter in training are not read."""
+
+    peft_type: str
+    r: Rank
+    lora_alpha: Positive
+    use_rslora: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Positive] | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    use_dora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    lora_bias: bool | None = None
+    use_qalora: bool | None = None
+    modules_to_save: list[str] | None = None
+    layer_replication: list[list[int]] | None = None
+    trainable_token_indices: object = None
+    target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_bdlora: object = None
+    arrow_config: object = None
+    kasa_config: object = None
+    monteclora_config: object = None
+
+    def rank_at(self, site: str) -> int:
+        """The rank that PEFT gives the module `site`."""
+        return _at(self.rank_pattern or {}, site, self.r)
+
+    def alpha_at(self, site: str) -> float:
+        """The alpha that PEFT gives the module `site`."""
+        return _at(self.alpha_pattern or {}, site, self.lora_alpha)
+
+    def scale(self, alpha: float, r: int) -> float:
+        """alpha / r, or alpha / sqrt(r) with rslora (arXiv 2312.03732)."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+# What changes the result in a way that slots cannot hold, and what the user can do instead.
+_REFUSED = {
+    "use_dora": "DoRA rescales the base's columns; train plain LoRA",
+    "fan_in_fan_out": "weights stored [in, out]; use a model whose layers are torch.nn.Linear",
+    "lora_bias": "slots have no bias; train with lora_bias false",
+    "use_qalora": "QALoRA pools the input; train plain LoRA",
+    "modules_to_save": "fully trained modules would replace parts of the shared base; train LoRA only",
+    "layer_replication": "repeated layers are another base; save that model and train on it",
+    "trainable_token_indices": "trained embeddings would change the shared base; train LoRA only",
+    "target_parameters": "bare parameters have no linear layer to sit beside; use target_modules",
+    "alora_invocation_tokens": "activated LoRA switches on inside a prompt; train plain LoRA",
+    "use_bdlora": "block-diagonal LoRA; train plain LoRA",
+    "arrow_config": "Arrow routes inside PEFT; export its LoRAs one by one",
+    "kasa_config": "KaSA; train plain LoRA",
+    "monteclora_config": "MonteCLoRA; train plain LoRA",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass(frozen=True)
+class SiteBranch:
+    """One branch at one site: `down` [r, in] and `up` [out, r] are the names of its tensors."""
+
+    site: str
+    role: Literal["lora", "recovery"]
+    r: int
+    alpha: float
+    scale: float
+    act: Literal["identity", "gelu"]
+
+    @property
+    def down(self) -> str:
+        """lora_A or lora_a1"""
+        return f"{_PREFIX}{self.site}.{_SUFFIXES[self.role][0]}"
+
+    @property
+    def up(self) -> str:
+        """lora_B or lora_a2"""
+        return f"{_PREFIX}{self.site}.{_SUFFIXES[self.role][1]}"
+
+
+def read_config(directory: Path, label: str) -> PeftConfig:
+    """adapter_config.json of `directory`; UnsupportedError, with the reason, for what is not plain LoRA."""
+    file = f"{label}/{CONFIG}"
+    config = strict_json.read(directory / CONFIG, PeftConfig, file)
+    if config.peft_type != "LORA":
+        hint = "train LoRA, or convert it to LoRA"
+        raise UnsupportedError(mismatch(file, "peft_type", "LORA", config.peft_type, hint))
+    if config.bias != "none":
+        hint = "slots have no bias; train with bias none"
+        raise UnsupportedError(mismatch(file, "bias", "none", config.bias, hint))
+    for key, why in _REFUSED.items():
+        if value := getattr(config, key):
+            raise UnsupportedError(mismatch(file, key, "null or false", strict_json.show(value), why))
+    initial = config.init_lora_weights
+    if isinstance(initial, str) and initial.startswith(_CHANGES_BASE):
+        hint = "it changed the base; save it with PEFT's path_initial_model_for_weight_conversion"
+        expected = "an initialisation that keeps the base"
+        raise UnsupportedError(mismatch(file, "init_lora_weights", expected, initial, hint))
+    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns or {}:
+            _check_regex(pattern, file, key)
+    return config
+
+
+def open_weights(directory: Path, label: str) -> TensorIndex:
+    """adapter_model.safetensors of `directory`; pickles are refused with the way out."""
+    if not (directory / WEIGHTS).is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        found = "adapter_model.bin" if pickled else "nothing"
+        hint = "pickles are not loaded: save_pretrained it again with PEFT" if pickled else ""
+        raise BundleError(mismatch(f"{label}/{WEIGHTS}", "file", "a safetensors file", found, hint))
+    return TensorIndex.open(directory, label)
+
+
+def declared_branches(
+    branches: Sequence[Branch],
+    config: PeftConfig,
+    linears: Mapping[str, tuple[int, int]],
+    key: str,
+    label: str,
+) -> tuple[SiteBranch, ...]:
+    """The manifest's branches site by site; BundleError when they contradict themselves or PEFT's config.
+
+    `key` is the manifest's key of the adapter (`adapters[0]`), `label` its directory, as errors name it.
+    """
+    placed: dict[tuple[str, str], SiteBranch] = {}
+    for index, branch in enumerate(branches):
+        at = f"{key}.branches[{index}]"
+        if branch.role == "expert":
+            raise UnsupportedError(mismatch(FILE, f"{at}.role", "lora or recovery", "expert"))
+        expected = config.scale(branch.alpha, branch.r)
+        if not math.isclose(branch.scale, expected, rel_tol=1e-6):
+            formula = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
+            raise wrong(f"{at}.scale", f"{formula} = {expected:g}", f"{branch.scale:g}")
+        for site in expand_sites(branch.sites, linears, FILE, f"{at}.sites"):
+            if (site, branch.role) in placed:
+                raise wrong(f"{at}.sites", f"{site} in one {branch.role} branch", "it in two")
+            own = SiteBranch(site, branch.role, branch.r, branch.alpha, branch.scale, branch.act)
+            placed[site, branch.role] = own
+            if branch.role == "lora":
+                _check_against_config(own, config, f"{label}/{CONFIG}")
+    for (site, _), branch in placed.items():
+        scale = placed.get((site, "lora"), branch).scale
+        if not math.isclose(branch.scale, scale, rel_tol=1e-6):
+            expected = f"{scale:g} of the lora branch at {site}"
+            raise wrong(f"{key}.branches: recovery scale", expected, f"{branch.scale:g}")
+    return tuple(sorted(placed.values(), key=lambda branch: (natural_key(branch.site), branch.role)))
+
+
+def stored_branches(tensors: TensorIndex, config: PeftConfig) -> tuple[SiteBranch, ...]:
+    """The branches that the tensors' names imply, with PEFT's rank, alpha and scale per site.
+
+    lora_a1 / lora_a2 make a GELU recovery branch: its rank is lora_a1's, its scale that of the site's LoRA.
+    """
+    found: set[tuple[str, Literal["lora", "recovery"]]] = set()
+    for name in tensors.names():
+        found.add(_parse_key(name, tensors))
+    branches = [_stored_branch(site, role, tensors, config) for site, role in found]
+    return tuple(sorted(branches, key=lambda branch: (natural_key(branch.site), branch.role)))
+
+
+def check_tensors(
+    tensors: TensorIndex, branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, int]]
+) -> None:
+    """BundleError unless `tensors` are exactly those of `branches`, with their shapes, float and finite."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for branch in branches:
+        if branch.site not in linears:
+            hint = "a tied lm_head has no weight of its own" if branch.site.endswith("lm_head") else ""
+            file, expected = tensors.file_of(branch.down), "a linear layer of the base"
+            raise BundleError(mismatch(file, branch.down, expected, branch.site, hint))
+        rows, columns = linears[branch.site]
+        shapes |= {branch.down: (branch.r, columns), branch.up: (rows, branch.r)}
+    file = f"{tensors.label}/{WEIGHTS}"
+    for name, shape in shapes.items():
+        if name not in tensors.tensors:
+            raise BundleError(mismatch(file, name, f"a tensor {list(shape)}", "nothing"))
+        info = tensors.info(name)
+        if info.shape != shape:
+            raise BundleError(mismatch(tensors.file_of(name), name, f"{list(shape)}", f"{list(info.shape)}"))
+        if info.dtype not in FLOATS:
+            raise BundleError(mismatch(tensors.file_of(name), name, " or ".join(FLOATS), info.dtype))
+    for name in tensors.names():
+        if name not in shapes:
+            expected = "only tensors of the declared branches"
+            raise BundleError(mismatch(tensors.file_of(name), name, expected, "this one"))
+    if (name := tensors.first_nonfinite()) is not None:
+        raise BundleError(mismatch(tensors.file_of(name), name, "finite values", "NaN or Inf"))
+
+
+def _at(patterns: Mapping[str, _Number], site: str, default: _Number) -> _Number:
+    # As peft.utils.other.get_pattern_key: the first pattern that matches a suffix of dotted components.
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", site):
+            return value
+    return default
+
+
+def _check_regex(pattern: str, file: str, key: str) -> None:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as problem:
+        raise BundleError(mismatch(file, key, "regular expressions", f"{pattern!r}: {problem}")) from None
+
+
+def _check_against_config(branch: SiteBranch, config: PeftConfig, file: str) -> None:
+    for key, expected, found in (
+        ("r", branch.r, config.rank_at(branch.site)),
+        ("lora_alpha", branch.alpha, config.alpha_at(branch.site)),
+    ):
+        if expected != found:
+            raise BundleError(
+                mismatch(file, key, f"{expected:g} at {branch.site}, as in {FILE}", f"{found:g}")
+            )
+
+
+def _parse_key(name: str, tensors: TensorIndex) -> tuple[str, Literal["lora", "recovery"]]:
+    roles: tuple[Literal["lora", "recovery"], ...] = ("lora", "recovery")
+    for role in roles:
+        for suffix in _SUFFIXES[role]:
+            if name.startswith(_PREFIX) and name.endswith(f".{suffix}"):
+                return name[len(_PREFIX) : -len(suffix) - 1], role
+    expected = f"{_PREFIX}<site>.lora_A.weight, lora_B, lora_a1 or lora_a2"
+    raise UnsupportedError(mismatch(tensors.file_of(name), name, expected, "another key"))
+
+
+def _stored_branch(
+    site: str, role: Literal["lora", "recovery"], tensors: TensorIndex, config: PeftConfig
+) -> SiteBranch:
+    r, alpha = config.rank_at(site), config.alpha_at(site)
+    scale = config.scale(alpha, r)
+    if role == "lora":
+        return SiteBranch(site, role, r, alpha, scale, "identity")
+    shape = tensors.info(f"{_PREFIX}{site}.{_SUFFIXES[role][0]}").shape
+    r = shape[0] if shape and shape[0] else r
+    return SiteBranch(site, role, r, scale / config.scale(1.0, r), scale, "gelu")

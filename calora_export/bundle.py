@@ -1,0 +1,300 @@
+"""A bundle: the directory of docs/bundle.md, checked on load so that everything after it can trust it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from calora_export import adapter_format, strict_json
+from calora_export.compression import WeightFormat, weight_format
+from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch
+from calora_export.manifest import (
+    FILE,
+    AdapterSpec,
+    BaseSpec,
+    Branch,
+    CompressionStep,
+    Manifest,
+    RouterSpec,
+    Selection,
+    TaskSpec,
+    read_manifest,
+    write_manifest,
+    wrong,
+)
+from calora_export.sites import collapse_sites, expand_sites
+from calora_export.tensors import FLOATS, TensorIndex
+
+__all__ = [
+    "AdapterSpec",
+    "BaseConfig",
+    "BaseSpec",
+    "Branch",
+    "Bundle",
+    "CompressionStep",
+    "Manifest",
+    "RouterSpec",
+    "Selection",
+    "TaskSpec",
+    "collapse_sites",
+    "expand_sites",
+    "load",
+    "read_base",
+    "read_manifest",
+    "write_manifest",
+]
+
+Size = Annotated[int, Meta(ge=1)]
+
+
+class _Quantization(msgspec.Struct, frozen=True):
+    quant_method: str
+    format: str | None = None
+
+
+class BaseConfig(msgspec.Struct, frozen=True):
+    """What of a base's config.json every step needs; the rest is the model library's."""
+
+    model_type: str
+    vocab_size: Size
+    hidden_size: Size
+    quantization_config: _Quantization | None = None
+
+
+class _Tokenizer(msgspec.Struct, frozen=True):
+    model: msgspec.Raw
+
+
+class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    prompt: str
+    completion: str
+
+
+class _RouterForm(msgspec.Struct, frozen=True):
+    form: str
+
+
+class _MlpRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    form: str
+    vocab_size: Size
+    embedding_size: Size
+    hidden_sizes: tuple[Size, ...]
+    num_classes: Size
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. `linears`: (out, in) of every 2-D weight of the base; `embeddings`: the lookups."""
+
+    path: Path
+    manifest: Manifest
+    base: TensorIndex
+    linears: dict[str, tuple[int, int]]
+    embeddings: tuple[str, ...]
+
+    @property
+    def adaptable(self) -> dict[str, tuple[int, int]]:
+        """The linears that can carry an adapter: all but the embeddings."""
+        return {name: shape for name, shape in self.linears.items() if name not in self.embeddings}
+
+    def adapter(self, identifier: str) -> AdapterSpec:
+        """The manifest's entry of an adapter; BundleError when there is none of that id."""
+        for adapter in self.manifest.adapters:
+            if adapter.id == identifier:
+                return adapter
+        known = (
+            ", ".join(adapter.id for adapter in self.manifest.adapters) or "none, the bundle has no adapters"
+        )
+        raise wrong("adapters", f"one of {known}", identifier)
+
+    def adapter_dir(self, identifier: str) -> Path:
+        """adapters/<id>, where the adapter's files are."""
+        return self.path / "adapters" / self.adapter(identifier).id
+
+
+def load(path: Path, *, deep: bool = False) -> Bundle:
+    """Read and check the bundle at `path`; only headers of the base are read.
+
+    `deep` also reads all of the base: its fingerprint and NaN or Inf. Raises BundleError, FingerprintError or
+    UnsupportedError with one line: file (relative to the bundle), key, expected, found.
+    """
+    if not path.is_dir():
+        raise BundleError(
+            mismatch(path, "bundle", f"a directory with {FILE}", "a file" if path.exists() else "nothing")
+        )
+    manifest = read_manifest(path)
+    base, formats, embeddings = read_base(path / "base", "base")
+    linears = {name: stored.shape for name, stored in formats.items()}
+    bundle = Bundle(path, manifest, base, linears, embeddings)
+    _check_compression(manifest, formats)
+    for index, adapter in enumerate(manifest.adapters):
+        _check_adapter(bundle, adapter, f"adapters[{index}]")
+    if manifest.router is not None:
+        _check_router(path / "router", manifest.router)
+    for index, task in enumerate(manifest.tasks):
+        _check_eval(path, task, f"tasks[{index}].eval")
+    if deep:
+        _check_base_bytes(bundle)
+    return bundle
+
+
+def read_base(directory: Path, label: str) -> tuple[TensorIndex, dict[str, WeightFormat], tuple[str, ...]]:
+    """The tensors of a Hugging Face model directory, every 2-D weight's format, and which are embeddings."""
+    config_file = f"{label}/config.json"
+    config = strict_json.read(directory / "config.json", BaseConfig, config_file)
+    quantization = config.quantization_config
+    if quantization is not None:
+        _check_quantization(quantization, config_file)
+    _read_tokenizer(directory, label)
+    tensors = TensorIndex.open(directory, label)
+    formats = _weight_formats(tensors)
+    if quantization is None and any(stored.bits for stored in formats.values()):
+        raise BundleError(
+            mismatch(config_file, "quantization_config", "one for the packed weights", "nothing")
+        )
+    embeddings = tuple(name for name, stored in formats.items() if _is_embedding(name, stored, config))
+    if not embeddings:
+        raise BundleError(mismatch(config_file, "vocab_size", "the rows of an embedding", config.vocab_size))
+    return tensors, formats, embeddings
+
+
+def _check_quantization(quantization: _Quantization, file: str) -> None:
+    for key, expected, found in (
+        ("quant_method", "compressed-tensors", quantization.quant_method),
+        ("format", "pack-quantized", quantization.format),
+    ):
+        if found != expected:
+            hint = "save it uncompressed, or with llm-compressor as pack-quantized"
+            raise UnsupportedError(mismatch(file, f"quantization_config.{key}", expected, found, hint))
+
+
+def _read_tokenizer(directory: Path, label: str) -> None:
+    file = directory / "tokenizer.json"
+    if not file.is_file() and (directory / "tokenizer.model").is_file():
+        hint = "AutoTokenizer.from_pretrained(…).save_pretrained(…) writes it"
+        raise BundleError(mismatch(f"{label}/tokenizer.json", "file", "a file", "only tokenizer.model", hint))
+    _check_tokenizer(strict_json.read_bytes(file, f"{label}/tokenizer.json"), f"{label}/tokenizer.json")
+
+
+def _check_tokenizer(data: bytes, file: str) -> None:
+    # Decoded as Raw: a vocabulary of many megabytes is scanned, not built.
+    try:
+        msgspec.json.decode(data, type=_Tokenizer)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+        raise BundleError(
+            mismatch(file, "JSON", "a tokenizers document with a model", f"an error: {problem}")
+        ) from None
+
+
+def _weight_formats(tensors: TensorIndex) -> dict[str, WeightFormat]:
+    modules = [
+        name.removesuffix(".weight_packed") for name in tensors.names() if name.endswith(".weight_packed")
+    ]
+    for name, info in tensors.tensors.items():
+        module = name.removesuffix(".weight")
+        if module != name and len(info.shape) == 2:
+            modules.append(module)
+    return {module: weight_format(tensors, module) for module in sorted(set(modules))}
+
+
+def _is_embedding(name: str, stored: WeightFormat, config: BaseConfig) -> bool:
+    # An embedding stands outside of the numbered layers; lm_head has its shape but is a linear.
+    parts = name.split(".")
+    return (
+        stored.shape[0] == config.vocab_size and parts[-1] != "lm_head" and not any(map(str.isdecimal, parts))
+    )
+
+
+def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> None:
+    """Every int step must describe what is stored, and everything stored packed must be described."""
+    described: set[str] = set()
+    for index, step in enumerate(manifest.base.compression):
+        key = f"base.compression[{index}]"
+        sites = expand_sites(step.sites, formats, FILE, f"{key}.sites")
+        if step.scheme == "prune":
+            continue
+        for site in sites:
+            stored = formats[site]
+            found = "dense" if stored.bits is None else f"int{stored.bits}"
+            if found != step.scheme:
+                raise wrong(f"{key}.scheme", f"{found}, as {site} is stored", step.scheme)
+            group_size = step.group_size or stored.shape[1]
+            if group_size != stored.group_size:
+                raise wrong(f"{key}.group_size", f"{stored.group_size}, as {site} is stored", step.group_size)
+        described.update(sites)
+    for name, stored in formats.items():
+        if stored.bits is not None and name not in described:
+            raise wrong(
+                "base.compression", f"an int{stored.bits} step with {name}, which is stored packed", "none"
+            )
+
+
+def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:
+    directory, label = bundle.path / "adapters" / adapter.id, f"adapters/{adapter.id}"
+    linears = bundle.adaptable
+    config = adapter_format.read_config(directory, label)
+    branches = adapter_format.declared_branches(adapter.branches, config, linears, key, label)
+    adapter_format.check_tensors(adapter_format.open_weights(directory, label), branches, linears)
+
+
+def _check_router(directory: Path, router: RouterSpec) -> None:
+    file = "router/config.json"
+    form = strict_json.read(directory / "config.json", _RouterForm, file).form
+    if form != "mlp":
+        raise UnsupportedError(mismatch(file, "form", "mlp", form))
+    config = strict_json.read(directory / "config.json", _MlpRouter, file)
+    if config.num_classes != len(router.classes):
+        expected = f"{len(router.classes)}, the number of router.classes"
+        raise BundleError(mismatch(file, "num_classes", expected, config.num_classes))
+    _read_tokenizer(directory, "router")
+    tensors = TensorIndex.open(directory, "router")
+    sizes = (config.embedding_size, *config.hidden_sizes, config.num_classes)
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.embedding_size)}
+    for index in range(len(sizes) - 1):
+        shapes[f"layers.{index}.weight"] = (sizes[index + 1], sizes[index])
+        shapes[f"layers.{index}.bias"] = (sizes[index + 1],)
+    _check_exact(tensors, shapes)
+
+
+def _check_exact(tensors: TensorIndex, expected: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        info = tensors.info(name)
+        if info.shape != shape or info.dtype not in FLOATS:
+            wanted, found = f"{' or '.join(FLOATS)} {list(shape)}", f"{info.dtype} {list(info.shape)}"
+            raise BundleError(mismatch(tensors.file_of(name), name, wanted, found))
+    for name in tensors.names():
+        if name not in expected:
+            raise BundleError(
+                mismatch(tensors.file_of(name), name, f"only {', '.join(expected)}", "this tensor")
+            )
+    if (name := tensors.first_nonfinite()) is not None:
+        raise BundleError(mismatch(tensors.file_of(name), name, "finite values", "NaN or Inf"))
+
+
+def _check_eval(bundle: Path, task: TaskSpec, key: str) -> None:
+    parts = PurePosixPath(task.eval).parts
+    if task.eval.startswith("/") or ".." in parts or "\0" in task.eval:
+        raise wrong(key, "a path inside the bundle", strict_json.show(task.eval))
+    try:
+        lines = strict_json.read_bytes(bundle / task.eval, task.eval).splitlines()
+    except BundleError as problem:
+        raise BundleError(f"{problem} (named by {FILE}: {key})") from None
+    if not lines:
+        raise BundleError(mismatch(task.eval, "file", "at least one line", "none"))
+    for number, line in enumerate(lines, start=1):
+        strict_json.decode(line, _Example, f"{task.eval}:{number}")
+
+
+def _check_base_bytes(bundle: Bundle) -> None:
+    stored = bundle.base.fingerprint()
+    if stored != bundle.manifest.base.fingerprint:
+        hint = "base/ is not the base that the adapters were trained for"
+        raise FingerprintError(
+            mismatch(FILE, "base.fingerprint", stored, bundle.manifest.base.fingerprint, hint)
+        )
+    if (name := bundle.base.first_nonfinite()) is not None:
+        raise BundleError(mismatch(bundle.base.file_of(name), name, "finite values", "NaN or Inf"))

@@ -1,0 +1,209 @@
+"""bundle.json: its types, exactly as docs/bundle.md has them, and the checks that need no other file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from calora_export import strict_json
+from calora_export.errors import BundleError, FingerprintError, mismatch
+
+FILE = "bundle.json"
+
+Fingerprint = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")]
+Count = Annotated[int, Meta(ge=1)]
+Index = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(min_length=1)]
+Sites = Annotated[tuple[str, ...], Meta(min_length=1)]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_INT = ("group_size", "symmetric")
+_STEP_PARAMETERS = {"prune": ("pattern",), "int4": _INT, "int8": _INT}
+_SELECT_PARAMETER = {"top_p": "p", "top_k": "k", "threshold": "threshold", "all": None}
+
+
+class Branch(Struct, frozen=True, forbid_unknown_fields=True):
+    """One pair of matrices per site, y += scale · up(act(down x)), with down [r, in] and up [out, r]."""
+
+    role: Literal["lora", "recovery", "expert"]
+    sites: Sites
+    r: Count
+    alpha: Positive
+    scale: Positive
+    act: Literal["identity", "gelu"]
+
+
+class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """One adapter: its files are in adapters/<id>/."""
+
+    id: str
+    task: Name
+    class_index: Index
+    base_fingerprint: Fingerprint
+    branches: Annotated[tuple[Branch, ...], Meta(min_length=1)]
+
+
+class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Done to the base: int4, int8 with columns per scale (None: one per row); prune with a pattern."""
+
+    scheme: Literal["prune", "int4", "int8"]
+    sites: Sites
+    group_size: Count | None = None
+    symmetric: Literal[True] | None = None
+    pattern: Literal["2:4", "unstructured"] | None = None
+
+
+class BaseSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """The base model, in base/."""
+
+    fingerprint: Fingerprint
+    compression: tuple[CompressionStep, ...]
+
+
+class Selection(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """From logits to gates: which classes, and with which weights; `temperature` divides the logits."""
+
+    select: Literal["top_p", "top_k", "threshold", "all"]
+    weights: Literal["softmax_probs", "softmax_logits", "renorm", "uniform"]
+    temperature: Positive
+    p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    k: Count | None = None
+    threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
+
+
+class RouterSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """The router, in router/. `classes[i]` is the adapter whose class_index is i."""
+
+    kind: Literal["classifier"]
+    granularity: Literal["prompt", "sentence"]
+    template: str
+    max_length: Count
+    truncation: Literal["left", "right"]
+    classes: Annotated[tuple[str, ...], Meta(min_length=1)]
+    selection: Selection
+
+
+class TaskSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A task to measure: `eval` is a .jsonl file of the bundle."""
+
+    id: str
+    adapter: str
+    metric: Literal["exact_match"]
+    eval: Name
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of bundle.json."""
+
+    schema_version: Literal[1]
+    name: Name
+    base: BaseSpec
+    adapters: tuple[AdapterSpec, ...]
+    router: RouterSpec | None
+    tasks: tuple[TaskSpec, ...]
+    provenance: dict[str, object]
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The checked bundle.json of the directory `bundle`; BundleError or FingerprintError in one line."""
+    manifest = strict_json.read(bundle / FILE, Manifest, FILE)
+    _check_ids("adapters", [adapter.id for adapter in manifest.adapters])
+    _check_ids("tasks", [task.id for task in manifest.tasks])
+    _check_fingerprints(manifest)
+    _check_compression(manifest.base)
+    _check_class_indices(manifest.adapters)
+    if manifest.router is not None:
+        _check_router(manifest.router, manifest.adapters)
+    for index, task in enumerate(manifest.tasks):
+        known = [adapter.id for adapter in manifest.adapters]
+        if task.adapter not in known:
+            expected = f"one of {', '.join(known) or 'no adapters'}"
+            raise wrong(f"tasks[{index}].adapter", expected, task.adapter)
+    return manifest
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Write bundle.json into the directory `bundle`: indented, keys in a fixed order."""
+    text = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
+    (bundle / FILE).write_bytes(text + b"\n")
+
+
+def check_id(identifier: str, file: str, key: str) -> None:
+    """BundleError unless `identifier` can be a directory's name everywhere."""
+    if not _ID.fullmatch(identifier):
+        expected = "a letter or digit, then letters, digits, `.`, `_` or `-`"
+        raise BundleError(mismatch(file, key, expected, strict_json.show(identifier)))
+
+
+def wrong(key: str, expected: object, found: object, hint: str = "") -> BundleError:
+    """The error about a value of bundle.json."""
+    return BundleError(mismatch(FILE, key, expected, found, hint))
+
+
+def _check_ids(key: str, ids: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for index, identifier in enumerate(ids):
+        check_id(identifier, FILE, f"{key}[{index}].id")
+        if identifier in seen:
+            raise wrong(f"{key}[{index}].id", "an id of its own", f"{identifier} again")
+        seen.add(identifier)
+
+
+def _check_fingerprints(manifest: Manifest) -> None:
+    base = manifest.base.fingerprint
+    for index, adapter in enumerate(manifest.adapters):
+        if adapter.base_fingerprint != base:
+            key, hint = f"adapters[{index}].base_fingerprint", f"{adapter.id} was trained for another base"
+            raise FingerprintError(mismatch(FILE, key, base, adapter.base_fingerprint, hint))
+
+
+def _check_compression(base: BaseSpec) -> None:
+    for index, step in enumerate(base.compression):
+        key, needed = f"base.compression[{index}]", _STEP_PARAMETERS[step.scheme]
+        values = {"group_size": step.group_size, "symmetric": step.symmetric, "pattern": step.pattern}
+        for name, value in values.items():
+            if value is not None and name not in needed:
+                raise wrong(f"{key}.{name}", f"only {' and '.join(needed)} with {step.scheme}", f"{value}")
+            if value is None and name in needed and name != "group_size":
+                raise wrong(f"{key}.{name}", f"this key with {step.scheme}", "nothing")
+
+
+def _check_class_indices(adapters: tuple[AdapterSpec, ...]) -> None:
+    owners: dict[int, str] = {}
+    for index, adapter in enumerate(adapters):
+        if adapter.class_index in owners:
+            found = f"{adapter.class_index}, which {owners[adapter.class_index]} has"
+            raise wrong(f"adapters[{index}].class_index", "an index of its own", found)
+        owners[adapter.class_index] = adapter.id
+
+
+def _check_router(router: RouterSpec, adapters: tuple[AdapterSpec, ...]) -> None:
+    if router.template.count("{text}") != 1:
+        raise wrong("router.template", "{text} exactly once", strict_json.show(router.template))
+    by_class = {adapter.class_index: adapter.id for adapter in adapters}
+    for index, name in enumerate(router.classes):
+        if by_class.get(index) != name:
+            owner = by_class.get(index, "no such class")
+            raise wrong(f"router.classes[{index}]", f"{owner} (by class_index {index})", name)
+    for index, adapter in enumerate(adapters):
+        if adapter.class_index >= len(router.classes):
+            expected = f"less than {len(router.classes)}, the number of router.classes"
+            raise wrong(f"adapters[{index}].class_index", expected, adapter.class_index)
+    _check_selection(router.selection, len(router.classes))
+
+
+def _check_selection(selection: Selection, classes: int) -> None:
+    needed = _SELECT_PARAMETER[selection.select]
+    for name, value in {"p": selection.p, "k": selection.k, "threshold": selection.threshold}.items():
+        if value is None and name == needed:
+            raise wrong(f"router.selection.{name}", f"this key with {selection.select}", "nothing")
+        if value is not None and name != needed:
+            raise wrong(f"router.selection.{name}", f"no such key with {selection.select}", value)
+    if selection.k is not None and selection.k > classes:
+        raise wrong("router.selection.k", f"at most {classes}, the number of classes", selection.k)
