@@ -1,0 +1,45 @@
+"""What our command line makes of the inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from .process import Run, run
+
+RECIPE = "onnx-int4"
+CLI = (sys.executable, "-m", "calora_export")
+
+
+def export(bundle: Path, package: Path, log: Path) -> Run:
+    """`calora-export export`: the base and all adapters of the bundle."""
+    return run([*CLI, "export", bundle, "-o", package, "--recipe", RECIPE], log)
+
+
+def add_adapter(package: Path, adapter: Path, log: Path) -> Run:
+    """`calora-export add-adapter`, with Python's start."""
+    return run([*CLI, "add-adapter", package, adapter], log)
+
+
+def swap_ms(package: Path, log: Path) -> float:
+    """The p50 of a switch in ms, from `calora-export bench` on this machine."""
+    run([*CLI, "bench", package, "--device", "host", "--json"], log)
+    return json.loads(log.read_text(encoding="utf-8"))["latency"]["swap_ms"]["p50"]
+
+
+def adapter_file(package: Path, identifier: str) -> Path:
+    """The adapter's file in a package."""
+    return next((package / "adapters").glob(f"{identifier}.*"))
+
+
+def state(package: Path) -> dict[str, tuple[str, int]]:
+    """SHA-256 and modification time in ns of every file but package.json, by its path in the package."""
+    files = (path for path in sorted(package.rglob("*")) if path.is_file() and path.name != "package.json")
+    return {str(path.relative_to(package)): (_sha256(path), path.stat().st_mtime_ns) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

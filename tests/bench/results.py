@@ -1,0 +1,111 @@
+"""What a run of the benchmark found, and what it says about the goals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .measure import Speed, Spread, ratio, spread
+from .process import Run
+
+OURS, OURS_ADAPTER, OURS_MIX = "ours", "ours + adapter", "ours + mix of two"
+BUILDER, BUILDER_ADAPTER = "builder", "builder + adapter"
+LLAMA, LLAMA_ADAPTER = "llama.cpp", "llama.cpp + adapter"
+LLAMA_Q4, LLAMA_Q4_ADAPTER = "llama.cpp (Q4_0 embedding)", "llama.cpp (Q4_0 embedding) + adapter"
+
+BASE_OF = {
+    OURS_ADAPTER: OURS,
+    OURS_MIX: OURS,
+    BUILDER_ADAPTER: BUILDER,
+    LLAMA_ADAPTER: LLAMA,
+    LLAMA_Q4_ADAPTER: LLAMA_Q4,
+}
+SYSTEMS = (
+    *(OURS, OURS_ADAPTER, OURS_MIX),
+    *(BUILDER, BUILDER_ADAPTER),
+    *(LLAMA, LLAMA_ADAPTER, LLAMA_Q4, LLAMA_Q4_ADAPTER),
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that one run measured, by system; a system that is not installed is in no mapping.
+
+    `exports` has one Run per round, `swap_ms` the p50 of a switch. `add_adapter` are runs of that command,
+    `changed_files` what it changed besides package.json. `fp32_bytes`: the size of the uncompressed weights.
+    """
+
+    environment: Mapping[str, str]
+    fp32_bytes: int
+    speeds: Mapping[str, Speed]
+    exports: Mapping[str, Sequence[Run]]
+    swap_ms: Mapping[str, float]
+    add_adapter: Sequence[Run] = ()
+    changed_files: Sequence[str] = ()
+
+    def tax(self, system: str) -> Spread | None:
+        """Time of a token with the adapter over time of a token without."""
+        return self._ratio(system, BASE_OF[system], "step_s") if system in BASE_OF else None
+
+    def decode(self, system: str, peer: str) -> Spread | None:
+        """Decoding speed of `system` over that of `peer`."""
+        return self._ratio(peer, system, "step_s")
+
+    def prefill(self, system: str, peer: str) -> Spread | None:
+        """Prefill speed of `system` over that of `peer`."""
+        return self._ratio(peer, system, "prefill_s")
+
+    def export_time(self, system: str, peer: str) -> Spread | None:
+        """Export time of `system` over that of `peer`."""
+        if system not in self.exports or peer not in self.exports:
+            return None
+        return ratio(*([run.seconds for run in self.exports[name]] for name in (system, peer)))
+
+    def _ratio(self, above: str, below: str, field: str) -> Spread | None:
+        if above not in self.speeds or below not in self.speeds:
+            return None
+        return ratio(getattr(self.speeds[above], field), getattr(self.speeds[below], field))
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound and where we are. The bound holds for the median; None when a side was not installed."""
+
+    text: str
+    bound: float
+    at_least: bool
+    found: Spread | None
+    unit: str = "×"
+
+    @property
+    def verdict(self) -> str:
+        if self.found is None:
+            return "not measured"
+        reached = self.found.median >= self.bound if self.at_least else self.found.median <= self.bound
+        return "reached" if reached else "missed"
+
+
+def goals(results: Results) -> list[Goal]:
+    """The goals of the project over one run's own figures."""
+    ours = results.exports.get(OURS)
+    swap = results.swap_ms.get(OURS_ADAPTER)
+    mix = results.decode(
+        OURS_ADAPTER, OURS_MIX
+    )  # the speed of one over the mix's is the mix's time over one's
+    memory = spread([run.peak_rss / results.fp32_bytes for run in ours]) if ours else None
+    late = spread([run.seconds for run in results.add_adapter]) if results.add_adapter else None
+    changed = spread([float(len(results.changed_files))]) if results.add_adapter else None
+    return [
+        Goal("decode, base, of the builder's", 0.95, True, results.decode(OURS, BUILDER)),
+        Goal("decode, adapter, of the builder's", 1.25, True, results.decode(OURS_ADAPTER, BUILDER_ADAPTER)),
+        Goal("decode, adapter, of llama.cpp's", 0.95, True, results.decode(OURS_ADAPTER, LLAMA_ADAPTER)),
+        Goal("time of a token, adapter, of ours without", 1.25, False, results.tax(OURS_ADAPTER)),
+        Goal("time of a token, mix of two, of one", 1.1, False, mix),
+        Goal("swap, p50", 1.0, False, None if swap is None else spread([swap]), " ms"),
+        Goal("prefill, base, of the builder's", 1.0, True, results.prefill(OURS, BUILDER)),
+        Goal("prefill, adapter, of the builder's", 1.0, True, results.prefill(OURS_ADAPTER, BUILDER_ADAPTER)),
+        Goal("export time, of the builder's base", 2.0, False, results.export_time(OURS, BUILDER)),
+        Goal("peak RSS of export, of the fp32 weights", 2.5, False, memory),
+        Goal("add-adapter with Python's start", 3.0, False, late, " s"),
+        Goal("files add-adapter changed besides package.json", 0.0, False, changed, ""),
+    ]

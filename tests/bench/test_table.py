@@ -1,0 +1,75 @@
+"""The goals follow from a run's own figures, round by round."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from .measure import Speed, Spread, ratio
+from .process import Run
+from .results import BUILDER, BUILDER_ADAPTER, LLAMA_ADAPTER, OURS, OURS_ADAPTER, OURS_MIX, Results, goals
+from .table import markdown
+
+
+def _speed(*step_ms: float, prefill_ms: float = 100.0) -> Speed:
+    steps = tuple(step / 1e3 for step in step_ms)
+    return Speed(load_s=0.2, peak_rss=300_000_000, prefill_s=(prefill_ms / 1e3,) * len(steps), step_s=steps)
+
+
+RESULTS = Results(
+    environment={"CPU": "abacus", "cores": "2"},
+    fp32_bytes=500_000_000,
+    # The machine becomes four times slower after the first round: per-round ratios do not notice.
+    speeds={
+        OURS: _speed(10, 40, 40, prefill_ms=125),
+        OURS_ADAPTER: _speed(12, 48, 48),
+        OURS_MIX: _speed(15, 60, 60),
+        BUILDER: _speed(8, 32, 32),
+        BUILDER_ADAPTER: _speed(18, 72, 72),
+        LLAMA_ADAPTER: _speed(12, 48, 48),
+    },
+    exports={OURS: [Run(20.0, 1_000_000_000)] * 2, BUILDER: [Run(16.0, 1), Run(5.0, 1)]},
+    swap_ms={OURS_ADAPTER: 0.25},
+    add_adapter=[Run(2.5, 1)],
+    changed_files=["model.onnx.data"],
+)
+
+
+def test_each_goal_from_given_figures() -> None:
+    found = {goal.text: (goal.found and round(goal.found.median, 4), goal.verdict) for goal in goals(RESULTS)}
+    assert found == {
+        "decode, base, of the builder's": (0.8, "missed"),
+        "decode, adapter, of the builder's": (1.5, "reached"),
+        "decode, adapter, of llama.cpp's": (1.0, "reached"),
+        "time of a token, adapter, of ours without": (1.2, "reached"),
+        "time of a token, mix of two, of one": (1.25, "missed"),
+        "swap, p50": (0.25, "reached"),
+        "prefill, base, of the builder's": (0.8, "missed"),
+        "prefill, adapter, of the builder's": (1.0, "reached"),
+        "export time, of the builder's base": (2.625, "missed"),  # the median of 20 / 16 and 20 / 5
+        "peak RSS of export, of the fp32 weights": (2.0, "reached"),
+        "add-adapter with Python's start": (2.5, "reached"),
+        "files add-adapter changed besides package.json": (1.0, "missed"),
+    }
+
+
+def test_a_missing_peer_is_said_and_never_reached() -> None:
+    alone = replace(RESULTS, speeds={OURS: RESULTS.speeds[OURS]}, exports={}, swap_ms={}, add_adapter=())
+    assert {goal.verdict for goal in goals(alone)} == {"not measured"}
+    table = markdown(alone)
+    assert "| llama.cpp + adapter | not installed |" in table
+    assert "| ours | – | – | 200 | 1024 | 25.0 | – | – | 300 |" in table
+
+
+def test_rounds_are_compared_pairwise() -> None:
+    assert ratio([1, 30, 2], [1, 10, 1]) == Spread(1, 2, 3)
+    with pytest.raises(ValueError):
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_every_row_of_the_table_has_all_cells() -> None:
+    lines = markdown(RESULTS).splitlines()
+    assert lines[0] == "CPU abacus, cores 2"
+    for block in "\n".join(lines[2:]).strip().split("\n\n"):
+        assert len({row.count("|") for row in block.splitlines()}) == 1
