@@ -44,6 +44,7 @@ __all__ = [
     "expand_sites",
     "load",
     "read_base",
+    "read_base_config",
     "read_manifest",
     "write_manifest",
 ]
@@ -145,14 +146,11 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
 def read_base(directory: Path, label: str) -> tuple[TensorIndex, dict[str, WeightFormat], tuple[str, ...]]:
     """The tensors of a Hugging Face model directory, every 2-D weight's format, and which are embeddings."""
     config_file = f"{label}/config.json"
-    config = strict_json.read(directory / "config.json", BaseConfig, config_file)
-    quantization = config.quantization_config
-    if quantization is not None:
-        _check_quantization(quantization, config_file)
+    config = read_base_config(directory, label)
     _read_tokenizer(directory, label)
     tensors = TensorIndex.open(directory, label)
     formats = _weight_formats(tensors)
-    if quantization is None and any(stored.bits for stored in formats.values()):
+    if config.quantization_config is None and any(stored.bits for stored in formats.values()):
         raise BundleError(
             mismatch(config_file, "quantization_config", "one for the packed weights", "nothing")
         )
@@ -160,6 +158,14 @@ def read_base(directory: Path, label: str) -> tuple[TensorIndex, dict[str, Weigh
     if not embeddings:
         raise BundleError(mismatch(config_file, "vocab_size", "the rows of an embedding", config.vocab_size))
     return tensors, formats, embeddings
+
+
+def read_base_config(directory: Path, label: str) -> BaseConfig:
+    """config.json of a Hugging Face model directory; UnsupportedError for a layout that is not read."""
+    config = strict_json.read(directory / "config.json", BaseConfig, f"{label}/config.json")
+    if config.quantization_config is not None:
+        _check_quantization(config.quantization_config, f"{label}/config.json")
+    return config
 
 
 def _check_quantization(quantization: _Quantization, file: str) -> None:
