@@ -78,9 +78,10 @@ def tiny_base(directory: Path, rng: np.random.Generator, *, compressed: bool) ->
     config: Json = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "head_dim": HIDDEN // HEADS, "intermediate_size": MLP, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False,
-        "mlp_bias": False, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "dtype": "bfloat16",
+        "head_dim": HIDDEN // HEADS, "intermediate_size": MLP, "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
+        "dtype": "bfloat16",
     }  # fmt: skip
     if compressed:
         config["quantization_config"] = _quantization_config()
@@ -125,7 +126,8 @@ def write_tokenizer(directory: Path) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     bpe: Json = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "merges": [],
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "merges": [],
         "vocab": {letters[byte]: byte for byte in range(256)},
     }  # fmt: skip
     document: Json = {
