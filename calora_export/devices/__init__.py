@@ -1,0 +1,35 @@
+"""Where a package is run: one module per transport. A device only sees a Package.
+
+    host    this machine, in a process of its own without torch
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Protocol
+
+from calora_export.errors import DeviceError, mismatch
+from calora_export.jobs import Job, Trace
+from calora_export.package import Package
+
+
+class Device(Protocol):
+    """What every transport offers."""
+
+    def run(self, address: str, package: Package, job: Job) -> Trace:
+        """Run a job; address is what follows the colon in `--device kind:address`."""
+        ...
+
+
+def names() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def run(device: str, package: Package, job: Job) -> Trace:
+    """Run a job on `kind` or `kind:address`."""
+    kind, _, address = device.partition(":")
+    if kind not in names():
+        raise DeviceError(mismatch("--device", device, f"one of {', '.join(names())}", "none of them"))
+    transport: Device = importlib.import_module(f"{__name__}.{kind}")  # type: ignore[assignment]
+    return transport.run(address, package, job)

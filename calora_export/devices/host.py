@@ -1,0 +1,196 @@
+"""This machine: the job runs in a process of its own, so that its memory and load time are the package's alone."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from calora_export import package as packages
+from calora_export import runtimes
+from calora_export.errors import CaloraError, DeviceError
+from calora_export.jobs import (
+    Answer,
+    Case,
+    Completion,
+    Job,
+    Safety,
+    SafetyTrace,
+    Timing,
+    TimingTrace,
+    Trace,
+    read_job,
+    read_trace,
+    write_job,
+    write_trace,
+)
+from calora_export.package import Package
+from calora_export.runtimes import Session
+
+LIMIT_S = 3600
+
+
+def run(address: str, package: Package, job: Job) -> Trace:
+    """Run the job in a child process; its one-line errors come back as DeviceError."""
+    with tempfile.TemporaryDirectory(prefix="calora-job-") as name:
+        directory = Path(name)
+        write_job(directory, job)
+        command = [sys.executable, "-m", __name__, str(package.path), name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise DeviceError(f"host: no answer after {LIMIT_S} s") from error
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise DeviceError(f"host: {lines[-1]}")
+        return read_trace(directory, job)
+
+
+def main(package_path: str, directory: str) -> int:
+    """The child: job.json in, trace.json and logits.bin out."""
+    try:
+        write_trace(Path(directory), answer(packages.load(Path(package_path)), read_job(Path(directory))))
+    except CaloraError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def answer(package: Package, job: Job) -> Trace:
+    """Run a job in this process."""
+    start = time.perf_counter()
+    session = runtimes.load(package.manifest.target).open_session(package, job.threads)
+    load = _milliseconds(start)
+    logits = {case.name: _forced(session, case) for case in job.cases}
+    gates = tuple(tuple(float(g) for g in session.route(ids)) for ids in job.routes)
+    ends = set(package.manifest.model.eos)
+    completions = tuple(_generate(session, completion, ends) for completion in job.completions)
+    safety = _check_safety(session, job.safety) if job.safety else None
+    timing = _measure(session, job.timing, load, job.routes[:1]) if job.timing else None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    facts = Answer(
+        device=platform.node() or "host",
+        arch=platform.machine(),
+        os=f"{platform.system()} {platform.release()}",
+        runtime=package.manifest.target,
+        vocab=package.manifest.model.vocab,
+        gates=gates,
+        completions=completions,
+        safety=safety,
+        timing=timing,
+        peak_rss=peak,
+    )
+    return Trace(facts, logits)
+
+
+def _forced(session: Session, case: Case) -> np.ndarray:
+    session.select(case.mix)
+    rows = [session.extend(case.ids[: case.prefill])[-1]]
+    rows += [session.extend([token])[-1] for token in case.ids[case.prefill :]]
+    return np.stack(rows)
+
+
+def _generate(session: Session, completion: Completion, ends: set[int]) -> tuple[int, ...]:
+    if session.mix != {completion.adapter: 1.0}:
+        session.select({completion.adapter: 1.0})
+    session.forget()
+    made: list[int] = []
+    fed: tuple[int, ...] = completion.ids
+    while len(made) < completion.limit and not (made and made[-1] in ends):
+        made.append(int(session.extend(fed)[-1].argmax()))
+        fed = (made[-1],)
+    return tuple(made)
+
+
+def _check_safety(session: Session, safety: Safety) -> SafetyTrace:
+    half = len(safety.ids) // 2
+    head, tail = safety.ids[:half], safety.ids[half:]
+
+    def fresh(mix: runtimes.Mix) -> np.ndarray:
+        session.select(mix)
+        return session.extend(safety.ids)[-1]
+
+    first, second, again = fresh(safety.first), fresh(safety.second), fresh(safety.first)
+    session.select(safety.first)
+    session.extend(head)
+    session.select(safety.second)
+    switched = session.extend(safety.ids)[-1]
+    session.select(safety.first)
+    session.extend(head)
+    session.select(safety.second, keep_cache=True)
+    stale = session.extend(tail)[-1]
+    try:
+        session.admit(Path(safety.forged))
+        refused = False
+    except CaloraError:
+        refused = True
+    return SafetyTrace(
+        aba=np.array_equal(first, again),
+        fresh=np.array_equal(switched, second),
+        stale=not np.array_equal(stale, second),
+        refused=refused,
+    )
+
+
+def _measure(session: Session, timing: Timing, load: float, routes: tuple[tuple[int, ...], ...]) -> TimingTrace:
+    """Rounds are interleaved, so that a machine whose speed drifts slows every line alike."""
+    mixes: dict[str, dict[str, float]] = {"base": {}}
+    if timing.adapter:
+        mixes["adapter"] = {timing.adapter: 1.0}
+    if timing.other:
+        mixes["mix2"] = {timing.adapter: 0.5, timing.other: 0.5}
+    prefill: list[float] = []
+    decode: dict[str, list[float]] = {name: [] for name in mixes}
+    for turn in range(timing.rounds + 1):  # the first round warms up
+        for name, mix in mixes.items():
+            session.select(mix)
+            with _timed(prefill if turn and name == "base" else []):
+                session.extend(timing.prompt)
+            for _ in range(timing.decode):
+                with _timed(decode[name] if turn else []):
+                    session.extend(timing.prompt[:1])
+    swap: list[float] = []
+    first_token: list[float] = []
+    pair = [mixes["adapter"], {timing.other: 1.0} if timing.other else {}] if timing.adapter else []
+    for i in range(timing.swaps if pair else 0):
+        with _timed(swap):
+            session.select(pair[i % 2])
+    for i in range(min(timing.swaps, 10) if pair else 0):
+        with _timed(first_token):
+            session.select(pair[i % 2])
+            session.extend(timing.prompt)
+    router: list[float] = []
+    for ids in routes * (timing.swaps + 1):
+        with _timed(router):
+            session.route(ids)
+    return TimingTrace(
+        load=load,
+        swap=tuple(swap),
+        first_token=tuple(first_token),
+        prefill=tuple(prefill),
+        decode={name: tuple(samples) for name, samples in decode.items()},
+        router=tuple(router[1:]),
+    )
+
+
+@contextmanager
+def _timed(samples: list[float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    samples.append(_milliseconds(start))
+
+
+def _milliseconds(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""The model as one traced program: what a target gets to see."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import Node
+
+from calora_export.model import Rows, Shape, SlotModel
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A site's slot: down [R, in], up [out, R]; R is one number for the whole graph."""
+
+    site: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced model. `program` takes ids [1, S], past, downs, ups, gate [R], recovery [R] and returns logits, present.
+
+    groups are the sites that share an input, in the order in which the model calls them, head included.
+    """
+
+    program: torch.export.ExportedProgram
+    shape: Shape
+    slots: tuple[Slot, ...]
+    groups: tuple[tuple[str, ...], ...]
+    last_only: bool
+    recovery: bool
+    tensors: Mapping[str, Tensor]
+
+    def roles(self) -> dict[str, str]:
+        """Placeholder name → role: `ids`, `past.3`, `down.<site>`, `up.<site>`, `gate`, `recovery` or a tensor's name."""
+        signature = self.program.graph_signature
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = dict(signature.inputs_to_lifted_tensor_constants)
+        sites = [slot.site for slot in self.slots]
+        names = ["ids", *(f"past.{i}" for i in range(2 * self.shape.layers))]
+        names += [f"down.{site}" for site in sites] + [f"up.{site}" for site in sites] + ["gate", "recovery"]
+        roles: dict[str, str] = {}
+        for spec in signature.input_specs:
+            name = spec.arg.name
+            roles[name] = held.get(name) or constants.get(name) or names[len(roles) - sum(n in held for n in roles)]
+        return roles
+
+
+class _Flat(nn.Module):
+    def __init__(self, model: SlotModel, sites: tuple[str, ...], last_only: bool) -> None:
+        super().__init__()
+        self.model, self.sites, self.last_only = model, sites, last_only
+
+    def forward(
+        self, ids: Tensor, past: list[Tensor], downs: list[Tensor], ups: list[Tensor], gate: Tensor, recovery: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        rows = Rows(dict(zip(self.sites, zip(downs, ups, strict=True), strict=True)), gate, recovery)
+        return self.model(ids, past, rows, self.last_only)
+
+
+def trace(model: SlotModel, slots: tuple[Slot, ...], *, last_only: bool, recovery: bool) -> Graph:
+    """Trace with a dynamic sequence. Rank and cache length are free without being traced: only `linears` and
+    `attention` see them, and these stay whole. recovery says whether any row may be non-linear.
+    """
+    new, cached, rank = 4, 3, 5
+    s = model.shape
+    ids = torch.zeros(1, new, dtype=torch.long)
+    past = [torch.zeros(1, s.kv_heads, cached, s.head_dim) for _ in range(2 * s.layers)]
+    downs = [torch.zeros(rank, slot.inputs) for slot in slots]
+    ups = [torch.zeros(slot.outputs, rank) for slot in slots]
+    shapes = ({1: Dim("sequence", min=1)}, [None] * len(past), [None] * len(downs), [None] * len(ups), None, None)
+    flat = _Flat(model, tuple(slot.site for slot in slots), last_only).eval()
+    example = (ids, past, downs, ups, torch.zeros(rank), torch.zeros(rank, dtype=torch.bool))
+    with torch.no_grad():
+        program = torch.export.export(flat, example, dynamic_shapes=shapes, strict=False)
+    tensors = {**program.state_dict, **program.constants}
+    return Graph(program, s, slots, model.groups, last_only, recovery, tensors)

@@ -1,0 +1,136 @@
+"""What a device is asked to run, and what it answers: the same two files for every transport and language.
+
+A job is job.json. A trace is trace.json and logits.bin, which holds fp32 [steps + 1, vocab] for each case in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from calora_export import strict_json
+from calora_export.errors import DeviceError, mismatch
+
+JOB, TRACE, LOGITS = "job.json", "trace.json", "logits.bin"
+
+
+class Case(Struct, frozen=True, forbid_unknown_fields=True):
+    """Teacher-forced: `ids[:prefill]` at once, then one by one. The answer is the last logits of each call."""
+
+    name: str
+    mix: dict[str, float]
+    ids: tuple[int, ...]
+    prefill: int
+
+
+class Completion(Struct, frozen=True, forbid_unknown_fields=True):
+    """Greedy generation under one adapter, until an end token or `limit` new ones."""
+
+    adapter: str
+    ids: tuple[int, ...]
+    limit: int
+
+
+class Safety(Struct, frozen=True, forbid_unknown_fields=True):
+    """A→B→A and stale-cache checks between two mixes; `forged` is an adapter file that must be refused."""
+
+    first: dict[str, float]
+    second: dict[str, float]
+    ids: tuple[int, ...]
+    forged: str
+
+
+class Timing(Struct, frozen=True, forbid_unknown_fields=True):
+    """What to time: one adapter, another to swap with, a mix; empty strings and mixes are left out."""
+
+    adapter: str
+    other: str
+    prompt: tuple[int, ...]
+    decode: int
+    rounds: int
+    swaps: int
+
+
+class Job(Struct, frozen=True, forbid_unknown_fields=True):
+    threads: int
+    cases: tuple[Case, ...] = ()
+    routes: tuple[tuple[int, ...], ...] = ()
+    completions: tuple[Completion, ...] = ()
+    safety: Safety | None = None
+    timing: Timing | None = None
+
+
+class SafetyTrace(Struct, frozen=True, forbid_unknown_fields=True):
+    """aba: the first mix gave the same bits before and after the second. fresh: a selected mix never saw the other's
+    cache. stale: reading it on purpose did change the answer, so that `fresh` could have failed. refused: the forgery."""
+
+    aba: bool
+    fresh: bool
+    stale: bool
+    refused: bool
+
+
+class TimingTrace(Struct, frozen=True, forbid_unknown_fields=True):
+    """Samples in milliseconds. decode: name → one per token; prefill: one per prompt."""
+
+    load: float
+    swap: tuple[float, ...]
+    first_token: tuple[float, ...]
+    prefill: tuple[float, ...]
+    decode: dict[str, tuple[float, ...]]
+    router: tuple[float, ...]
+
+
+class Answer(Struct, frozen=True, forbid_unknown_fields=True):
+    """trace.json. peak_rss is in bytes, of the process that ran the job."""
+
+    device: str
+    arch: str
+    os: str
+    runtime: str
+    vocab: int
+    gates: tuple[tuple[float, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
+    safety: SafetyTrace | None
+    timing: TimingTrace | None
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An answer with its logits: case name → fp32 [decode steps + 1, vocab]."""
+
+    answer: Answer
+    logits: Mapping[str, np.ndarray]
+
+
+def write_job(directory: Path, job: Job) -> None:
+    (directory / JOB).write_bytes(msgspec.json.encode(job))
+
+
+def read_job(directory: Path) -> Job:
+    return strict_json.read(directory / JOB, Job, JOB, DeviceError)
+
+
+def write_trace(directory: Path, trace: Trace) -> None:
+    with (directory / LOGITS).open("wb") as file:
+        for rows in trace.logits.values():
+            file.write(memoryview(np.ascontiguousarray(rows, np.float32)).cast("B"))
+    (directory / TRACE).write_bytes(msgspec.json.encode(trace.answer))
+
+
+def read_trace(directory: Path, job: Job) -> Trace:
+    """Raises DeviceError when the device did not answer all of the job."""
+    answer = strict_json.read(directory / TRACE, Answer, TRACE, DeviceError)
+    flat = np.fromfile(directory / LOGITS, np.float32)
+    sizes = [(len(case.ids) - case.prefill + 1) * answer.vocab for case in job.cases]
+    if flat.size != sum(sizes):
+        raise DeviceError(mismatch(LOGITS, "values", sum(sizes), flat.size, "the device stopped early"))
+    parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
+    logits = {case.name: part.reshape(-1, answer.vocab) for case, part in zip(job.cases, parts, strict=True)}
+    return Trace(answer, logits)

@@ -1,0 +1,416 @@
+"""A Hugging Face causal LM whose linear layers have slots.
+
+The architecture stays the library's: attention, rotary embedding, norms and linears are replaced by ours where they meet
+the device, everything between them runs as transformers wrote it. Run eagerly it is the reference; traced, the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from calora_export import ops
+from calora_export.adapters import Adapter
+from calora_export.bundle import Bundle
+from calora_export.compression import DenseWeight, PackedWeight
+from calora_export.errors import BundleError, UnsupportedError, mismatch
+
+Weight = DenseWeight | PackedWeight
+WeightOf = Callable[[str], Weight]
+
+ATTENTION = "calora"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Adapter tensors for one forward pass: site → (down [R, in], up [out, R]), gate [R], recovery bool [R]."""
+
+    sites: Mapping[str, tuple[Tensor, Tensor]]
+    gate: Tensor
+    recovery: Tensor
+
+    @staticmethod
+    def none() -> Rows:
+        return Rows({}, torch.ones(0), torch.zeros(0, dtype=torch.bool))
+
+    @staticmethod
+    def of(adapter: Adapter) -> Rows:
+        """An adapter whose scale is folded into `up`, so that every gate is one."""
+        sites = {
+            site: (torch.from_numpy(np.ascontiguousarray(rows.down)), torch.from_numpy(np.ascontiguousarray(rows.up)))
+            for site, rows in adapter.sites.items()
+        }
+        return Rows(sites, torch.ones(adapter.rank), torch.from_numpy(adapter.recovery))
+
+
+@dataclass
+class _Pass:
+    """What one forward pass carries past the library's code: cache, rotary tables, rows."""
+
+    past: list[Tensor] = field(default_factory=list)
+    present: list[Tensor] = field(default_factory=list)
+    rows: Rows = field(default_factory=Rows.none)
+    rope: tuple[Tensor, Tensor] | None = None
+    inputs: list[tuple[str, Tensor]] | None = None
+
+
+class Linear(nn.Module):
+    """Stands where the library's nn.Linear stood: weight [out, in] dense or packed, bias [out] or empty."""
+
+    def __init__(self, site: str, weight: Tensor, scale: Tensor, bias: Tensor, current: _Current) -> None:
+        super().__init__()
+        self.site = site
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.group = Group((self,), current, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.group.output(x, self.site)
+
+
+class Group:
+    """Linear layers that share an input: the first call computes all of them, the others take their share."""
+
+    def __init__(self, members: tuple[Linear, ...], current: _Current, activation_block: int) -> None:
+        self.members, self.activation_block = members, activation_block
+        self.sites = tuple(member.site for member in members)
+        self._current = current
+        self._seen: Tensor | None = None
+        self._outputs: list[Tensor] = []
+
+    def output(self, x: Tensor, site: str) -> Tensor:
+        """The output of one member; x is the object that every member of the group is called with."""
+        if self._current.value.inputs is not None:
+            self._current.value.inputs.append((site, x))
+        if x is not self._seen:
+            self._seen, self._outputs = x, self._compute(x)
+        y = self._outputs[self.sites.index(site)]
+        if site == self.sites[-1]:
+            self._seen, self._outputs = None, []
+        return y
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        rows = self._current.value.rows
+        slotted = [i for i, site in enumerate(self.sites) if site in rows.sites]
+        return ops.linears(
+            x,
+            [member.get_buffer("weight") for member in self.members],
+            [member.get_buffer("scale") for member in self.members],
+            [member.get_buffer("bias") for member in self.members],
+            slotted,
+            [rows.sites[self.sites[i]][0] for i in slotted],
+            [rows.sites[self.sites[i]][1] for i in slotted],
+            rows.gate,
+            rows.recovery,
+            self.activation_block,
+        )
+
+
+class Embedding(nn.Module):
+    """The token table, dense or packed, times a constant that some families apply (1 for most)."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.factor = factor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = ops.embedding(ids, self.get_buffer("weight"), self.get_buffer("scale"))
+        return rows if self.factor == 1.0 else rows * self.factor
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.get_buffer("weight"), self.eps)
+
+
+class RotaryTable(nn.Module):
+    """Gives every position's cosines and sines at once, [context, rotary / 2]: attention picks its own rows."""
+
+    def __init__(self, tables: Mapping[str | None, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.names = {kind: f"{kind or 'all'}" for kind in tables}
+        for kind, (cos, sin) in tables.items():
+            self.register_buffer(f"cos_{self.names[kind]}", cos)
+            self.register_buffer(f"sin_{self.names[kind]}", sin)
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor | None = None, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        name = self.names[layer_type]
+        return self.get_buffer(f"cos_{name}"), self.get_buffer(f"sin_{name}")
+
+
+class _Current:
+    """Holds the pass that is running; a plain object, so that modules can share it without owning it."""
+
+    def __init__(self) -> None:
+        self.value = _Pass()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a runtime must know of the model."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    context: int
+
+
+class SlotModel(nn.Module):
+    """The compressed base with slots. All tensors fp32 unless packed; batch 1."""
+
+    def __init__(self, lm: transformers.PreTrainedModel, current: _Current, shape: Shape) -> None:
+        super().__init__()
+        self.lm, self.shape, self.current = lm, shape, current
+        self.groups: tuple[tuple[str, ...], ...] = ()
+        self._modeling = sys.modules[type(lm).__module__]
+
+    def forward(
+        self, ids: Tensor, past: list[Tensor], rows: Rows, last_only: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """ids [1, S], past 2·layers tensors [1, KV, P, D] → logits [1, S or 1, vocab], present [1, KV, P + S, D]."""
+        run = _Pass(past=past, rows=rows)
+        return self.logits(ids, run, last_only), run.present
+
+    def logits(self, ids: Tensor, run: _Pass, last_only: bool) -> Tensor:
+        """One pass through the library's own forward, which scales or caps its logits where the family does."""
+
+        def remember(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+            run.rope = (cos, sin)
+            return q, k
+
+        self.current.value = run
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        with patch.object(self._modeling, "apply_rotary_pos_emb", remember):
+            out = self.lm(
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=int(last_only), calora=run
+            )
+        return out.logits
+
+    def empty_cache(self) -> list[Tensor]:
+        s = self.shape
+        return [torch.zeros(1, s.kv_heads, 0, s.head_dim) for _ in range(2 * s.layers)]
+
+
+def _attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: object
+) -> tuple[Tensor, None]:
+    """The attention that transformers calls; its keyword arguments are the library's protocol, `calora` is ours."""
+    run = options["calora"]
+    assert isinstance(run, _Pass)
+    cos, sin = run.rope if run.rope is not None else (torch.zeros(0, 0), torch.zeros(0, 0))
+    layer = len(run.present) // 2
+    out, key, value = ops.attention(
+        q,
+        k,
+        v,
+        run.past[2 * layer],
+        run.past[2 * layer + 1],
+        cos,
+        sin,
+        float(options["scaling"]),  # type: ignore[arg-type]
+        int(options.get("sliding_window") or 0),  # type: ignore[call-overload]
+        float(options.get("softcap") or 0.0),  # type: ignore[arg-type]
+    )
+    run.present += [key, value]
+    run.rope = None
+    return out.unflatten(-1, (q.shape[1], -1)), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **options: None)
+
+
+def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activation_block: int = 0) -> SlotModel:
+    """Build the bundle's base with slots on every linear layer.
+
+    weight_of gives the weight of a module by its name: as stored for the source reference, re-represented for a target.
+    context is the number of positions that the rotary tables cover.
+    """
+    config = transformers.AutoConfig.from_pretrained(bundle.path / "base", local_files_only=True)
+    _check_supported(config, context)
+    config._attn_implementation = ATTENTION
+    with _parameters_on_meta():
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    lm.requires_grad_(False).eval()
+    current = _Current()
+    tied = bool(config.tie_word_embeddings)
+    linears = _replace_weights(lm, bundle, weight_of, current, tied)
+    _replace_norms(lm)
+    _replace_rotary(lm, context)
+    left = [name for name, tensor in lm.named_parameters() if tensor.is_meta]
+    if left:
+        raise BundleError(mismatch("base/", left[0], "a tensor of that name", "none"))
+    model = SlotModel(lm, current, _shape(config, context))
+    _group_by_input(model, linears, activation_block)
+    return model
+
+
+def _check_supported(config: transformers.PretrainedConfig, context: int) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            if context > limit:
+                raise UnsupportedError(
+                    mismatch("recipe", "context", f"at most {limit} for rope_type {kind['rope_type']}", context)
+                )
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.model_type not in known:
+        raise UnsupportedError(mismatch("base/config.json", "model_type", "a causal LM", repr(config.model_type)))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters take no memory until they are loaded; buffers, which checkpoints do not hold, are computed."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    with patch.object(nn.Module, "register_parameter", on_meta):
+        yield
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, Tensor]:
+    if isinstance(weight, PackedWeight):
+        return torch.from_numpy(weight.q), torch.from_numpy(np.asarray(weight.scale, dtype=np.float32))
+    return torch.from_numpy(np.array(weight.values, dtype=np.float32)), torch.zeros(0)
+
+
+def _replace_weights(
+    lm: transformers.PreTrainedModel,
+    bundle: Bundle,
+    weight_of: WeightOf,
+    current: _Current,
+    tied: bool,
+) -> dict[str, Linear]:
+    """Put ours in the place of every nn.Linear and the token table; load what is left. Returns the linears by site."""
+    linears: dict[str, Linear] = {}
+    table: tuple[Tensor, Tensor] | None = None
+    head = next((name for name, module in lm.named_modules() if module is lm.get_output_embeddings()), "lm_head")
+    for name, module in list(lm.named_modules()):
+        if isinstance(module, nn.Embedding):
+            if module is not lm.get_input_embeddings():
+                raise UnsupportedError(mismatch("base/", name, "no embedding but that of the tokens", "another one"))
+            table = _tensors(weight_of(name))
+            lm.set_submodule(name, Embedding(*table, _factor(module)))
+        elif isinstance(module, nn.Linear):
+            shared = tied and name == head
+            if shared and table is None:
+                raise UnsupportedError(mismatch("base/config.json", "tie_word_embeddings", "a token table", "none"))
+            weight, scale = table if shared and table else _tensors(weight_of(name))
+            if tuple(weight.shape) != (module.out_features, module.in_features):
+                expected = [module.out_features, module.in_features]
+                raise BundleError(mismatch("base/", f"{name}.weight", expected, list(weight.shape)))
+            bias = torch.zeros(0)
+            if module.bias is not None:
+                bias = torch.from_numpy(np.array(bundle.base.float32(f"{name}.bias")))
+            linears[name] = Linear(name, weight, scale, bias, current)
+            lm.set_submodule(name, linears[name])
+    for name, param in list(lm.named_parameters()):
+        if param.is_meta and name in bundle.base.names():
+            values = torch.from_numpy(np.array(bundle.base.float32(name)))
+            if values.shape != param.shape:
+                raise BundleError(mismatch("base/", name, list(param.shape), list(values.shape)))
+            owner, _, leaf = name.rpartition(".")
+            setattr(lm.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+    return linears
+
+
+def _factor(table: nn.Embedding) -> float:
+    """What the library multiplies the token rows by (Gemma: √hidden), found by asking the module itself."""
+    table.padding_idx = None
+    table.weight = nn.Parameter(torch.ones(1, 1), requires_grad=False)
+    return float(table(torch.zeros(1, dtype=torch.long)))
+
+
+def _replace_norms(lm: nn.Module) -> None:
+    """Put the whole operator in the place of every module that computes it, as a probe shows; names are not trusted."""
+    for name, module in list(lm.named_modules()):
+        params = dict(module.named_parameters())
+        eps = [value for value in vars(module).values() if isinstance(value, float)]
+        if set(params) != {"weight"} or params["weight"].dim() != 1 or params["weight"].is_meta or len(eps) != 1:
+            continue
+        weight = params["weight"].detach()
+        probe = torch.linspace(-2, 3, weight.numel()).unsqueeze(0) + 0.1
+        for candidate in (weight, 1 + weight):
+            if torch.allclose(module(probe), F.rms_norm(probe, probe.shape[1:], candidate, eps[0]), atol=1e-5):
+                lm.set_submodule(name, RMSNorm(candidate.clone(), eps[0]))
+                break
+
+
+def _replace_rotary(lm: transformers.PreTrainedModel, context: int) -> None:
+    for name, module in list(lm.named_modules()):
+        if not type(module).__name__.endswith("RotaryEmbedding"):
+            continue
+        kinds = sorted(set(getattr(lm.config, "layer_types", None) or [])) if _takes_layer_type(module) else [None]
+        positions, x = torch.arange(context).unsqueeze(0), torch.zeros(1)
+        tables = {}
+        for kind in kinds:
+            cos, sin = module(x, positions) if kind is None else module(x, positions, kind)
+            half = cos.shape[-1] // 2
+            tables[kind] = (cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        lm.set_submodule(name, RotaryTable(tables))
+
+
+def _takes_layer_type(module: nn.Module) -> bool:
+    return "layer_type" in inspect.signature(module.forward).parameters
+
+
+def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activation_block: int) -> None:
+    """Run one token and see which linear layers are called, one after the other, with the very same tensor."""
+    seen: list[tuple[str, Tensor]] = []
+    with torch.no_grad():
+        model.logits(torch.zeros(1, 1, dtype=torch.long), _Pass(past=model.empty_cache(), inputs=seen), True)
+    runs: list[tuple[Tensor, list[str]]] = []
+    for site, x in seen:
+        if runs and runs[-1][0] is x:
+            runs[-1][1].append(site)
+        else:
+            runs.append((x, [site]))
+    for _, sites in runs:
+        group = Group(tuple(linears[site] for site in sites), model.current, activation_block)
+        for member in group.members:
+            member.group = group
+    model.groups = tuple(tuple(sites) for _, sites in runs)
+
+
+def _shape(config: transformers.PretrainedConfig, context: int) -> Shape:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        context=context,
+    )

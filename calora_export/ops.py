@@ -1,0 +1,143 @@
+"""The operators that a traced graph keeps whole, and their reference in torch.
+
+A target lowers each of these to what its runtime does best. Everything else in a graph is plain ATen.
+
+    linears    a group of linear layers that share an input, with their slots
+    embedding  a table, dense or packed
+    rms_norm   root mean square norm (arXiv 1910.07467)
+    attention  rotary embedding, KV cache and grouped-query attention (arXiv 2305.13245) in one
+
+Weights are dense (float, with an empty scale) or packed (int8 values, scale [out, in / group]).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """Dense fp32 [out, in] of a weight held as int8 values and scale [out, groups]; a dense weight passes through."""
+    if scale.numel() == 0:
+        return weight
+    out, columns = weight.shape
+    grouped = weight.view(out, scale.shape[1], -1).float() * scale.float().unsqueeze(-1)
+    return grouped.view(out, columns)
+
+
+def quantize_activations(x: Tensor, block: int) -> Tensor:
+    """x with each run of `block` values rounded to int8 and back: scale = max|x| / 127, as the int8 kernels do."""
+    blocks = x.unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127.0
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((blocks / scale).round() * scale).flatten(-2)
+
+
+@torch.library.custom_op("calora::linears", mutates_args=())
+def linears(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    slotted: list[int],
+    downs: list[Tensor],
+    ups: list[Tensor],
+    gate: Tensor,
+    recovery: Tensor,
+    activation_block: int,
+) -> list[Tensor]:
+    """y_i = base_i(x) + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
+
+    x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
+    linear slotted[j]; gate [R]; recovery bool [R]. activation_block > 0 rounds what a packed base reads to int8.
+    Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
+    """
+    ys = []
+    for weight, scale, bias in zip(weights, scales, biases, strict=True):
+        packed = scale.numel() > 0
+        seen = quantize_activations(x, activation_block) if activation_block and packed else x
+        ys.append(F.linear(seen, dequantize(weight, scale), bias if bias.numel() else None))
+    for index, down, up in zip(slotted, downs, ups, strict=True):
+        rows = F.linear(x, down)
+        rows = torch.where(recovery, F.gelu(rows), rows) * gate
+        ys[index] = ys[index] + F.linear(rows, up)
+    return ys
+
+
+@linears.register_fake
+def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activation_block):  # noqa: ANN001
+    return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+@torch.library.custom_op("calora::embedding", mutates_args=())
+def embedding(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Rows of a table: ids [...] → [..., dim]; weight [vocab, dim], dense or packed."""
+    if scale.numel() == 0:
+        return F.embedding(ids, weight).clone()
+    rows = dequantize(weight[ids.flatten()], scale[ids.flatten()])
+    return rows.view(*ids.shape, -1)
+
+
+@embedding.register_fake
+def _(ids, weight, scale):  # noqa: ANN001
+    return torch.empty(*ids.shape, weight.shape[1], dtype=torch.float32, device=ids.device)
+
+
+@torch.library.custom_op("calora::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@rms_norm.register_fake
+def _(x, weight, eps):  # noqa: ANN001
+    return torch.empty_like(x)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864), half-split form: x [B, H, S, D]; cos, sin [S, rotary / 2]."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+@torch.library.custom_op("calora::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of S new positions behind P cached ones.
+
+    q [B, H, S, D]; k, v [B, KV, S, D] before rotation; past_key, past_value [B, KV, P, D] after it; cos, sin
+    [positions, rotary / 2] or empty for no rotation; window > 0 looks back that far only; softcap > 0 bounds the scores.
+    Returns out [B, S, H·D], key and value [B, KV, P + S, D].
+    """
+    past, new = past_key.shape[2], q.shape[2]
+    if cos.numel():
+        q, k = (rotate(t, cos[past : past + new], sin[past : past + new]) for t in (q, k))
+    key, value = torch.cat([past_key, k], dim=2), torch.cat([past_value, v], dim=2)
+    repeat = q.shape[1] // k.shape[1]
+    scores = q @ key.repeat_interleave(repeat, 1).transpose(-1, -2) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    distance = torch.arange(past, past + new)[:, None] - torch.arange(past + new)[None, :]
+    hidden = distance < 0 if window <= 0 else (distance < 0) | (distance >= window)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    out = weights @ value.repeat_interleave(repeat, 1)
+    return out.transpose(1, 2).flatten(2), key, value
+
+
+@attention.register_fake
+def _(q, k, v, past_key, past_value, cos, sin, scale, window, softcap):  # noqa: ANN001
+    batch, heads, new, size = q.shape
+    shape = (batch, k.shape[1], past_key.shape[2] + new, size)
+    return q.new_empty(batch, new, heads * size), k.new_empty(shape), v.new_empty(shape)

@@ -1,0 +1,242 @@
+"""A package: what an app ships. package.json says what every file is for and what it must hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+
+from calora_export import strict_json
+from calora_export.errors import FingerprintError, PackageError, mismatch
+from calora_export.manifest import RouterSpec, TaskSpec
+from calora_export.recipe import Recipe
+
+FILE = "package.json"
+
+
+class SlotTensor(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where one site's rows go.
+
+    The tensor `down` [inputs, parts · R] holds the columns of `parts` sites that share an input, this site's at
+    [part · R, (part + 1) · R); the tensor `up` is [R, outputs].
+    """
+
+    site: str
+    down: str
+    part: int
+    parts: int
+    up: str
+    inputs: int
+    outputs: int
+
+
+class Slots(Struct, frozen=True, forbid_unknown_fields=True):
+    """The slot contract as a target realised it.
+
+    gate says what carries the gates. recovery names the input [R] that marks GELU rows, if rows may be non-linear;
+    fingerprint the uint8 [32] input by which an adapter file tells its base.
+    """
+
+    rank: Literal["dynamic"] | int
+    gate: str
+    recovery: str | None
+    fingerprint: str
+    dtype: Literal["fp32", "fp16"]
+    tensors: tuple[SlotTensor, ...]
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Site → (out, in)."""
+        return {tensor.site: (tensor.outputs, tensor.inputs) for tensor in self.tensors}
+
+
+class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One adapter file. trusted: its base's fingerprint was stated by its trainer, not assumed when it was added."""
+
+    id: str
+    task: str
+    class_index: int
+    file: str
+    rank: int
+    recovery_rows: int
+    sites: int
+    fingerprint: str
+    stated: bool = True
+
+
+class Represented(Struct, frozen=True, forbid_unknown_fields=True):
+    """A weight that the recipe changed, and the signal-to-quantisation-noise ratio of that change in dB."""
+
+    module: str
+    scheme: str
+    sqnr_db: float
+
+
+class RouterEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """The router's file, its tokenizer, and how the text gets to it."""
+
+    file: str
+    tokenizer: str
+    spec: RouterSpec
+
+
+class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of the base that a runtime must know; context in positions."""
+
+    file: str
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    context: int
+    logits: Literal["last", "all"]
+    bos: int | None
+    eos: tuple[int, ...]
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    sha256: str
+    size: int
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of package.json."""
+
+    schema_version: Literal[1]
+    name: str
+    target: str
+    recipe: str
+    settings: Recipe
+    base_fingerprint: str
+    model: ModelInfo
+    represented: tuple[Represented, ...]
+    slots: Slots
+    adapters: tuple[AdapterEntry, ...]
+    router: RouterEntry | None
+    tasks: tuple[TaskSpec, ...]
+    tokenizer: str
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package."""
+
+    path: Path
+    manifest: Manifest
+
+    def adapter(self, identifier: str) -> AdapterEntry:
+        """The entry of one adapter, or an error that names those there are."""
+        known = {adapter.id: adapter for adapter in self.manifest.adapters}
+        if identifier not in known:
+            raise PackageError(mismatch(FILE, "adapters", f"one of {', '.join(known) or 'none'}", identifier))
+        return known[identifier]
+
+    def altered(self) -> list[str]:
+        """One line per file that is missing or no longer has the bytes that package.json lists. Reads all of them."""
+        lines = []
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                lines.append(mismatch(name, "file", "a file", "nothing"))
+            elif (found := hash_file(path)).sha256 != entry.sha256:
+                lines.append(mismatch(name, "sha256", entry.sha256, found.sha256))
+        return lines
+
+    def require_fingerprint(self, adapter: str, fingerprint: str) -> None:
+        """Refuse an adapter that was trained for another base."""
+        if fingerprint != self.manifest.base_fingerprint:
+            raise FingerprintError(
+                mismatch(adapter, "base_fingerprint", self.manifest.base_fingerprint, fingerprint, "another base")
+            )
+
+
+def load(path: Path) -> Package:
+    """Open a package: package.json is checked, and that every file it lists is there with its size."""
+    if not (path / FILE).is_file():
+        found = "a directory without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+        raise PackageError(mismatch(path, "package", f"a directory with {FILE}", found))
+    manifest = strict_json.read(path / FILE, Manifest, FILE, PackageError)
+    for name, entry in manifest.files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else "nothing"
+        if size != entry.size:
+            raise PackageError(mismatch(name, "size", entry.size, size, "the package is incomplete or was changed"))
+    return Package(path, manifest)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write package.json so that it appears whole or not at all."""
+    text = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
+    temporary = directory / f".{FILE}.{os.getpid()}"
+    try:
+        with temporary.open("wb") as file:
+            file.write(text + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        return FileEntry(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+def hash_files(directory: Path) -> dict[str, FileEntry]:
+    """Every file below the directory but package.json and report/, by its relative name."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in files}
+    return {n: hash_file(p) for n, p in names.items() if n != FILE and not n.startswith("report/")}
+
+
+@contextmanager
+def written(path: Path, marker: str) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    An old directory is replaced only if it is empty or holds `marker`, so that a wrong -o destroys nothing.
+    """
+    if path.exists() and not (path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))):
+        raise PackageError(mismatch(path, "output", f"a new or empty directory, or one with {marker}", "another one"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        _replace(path, temporary)
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(path: Path, temporary: Path) -> None:
+    """Put the new directory where the old one is; the old one is moved aside first, and back if that fails."""
+    if not path.exists():
+        temporary.replace(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    path.replace(aside / path.name)
+    try:
+        temporary.replace(path)
+    except OSError:
+        (aside / path.name).replace(path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

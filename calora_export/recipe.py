@@ -1,0 +1,116 @@
+"""What to make of a bundle: a recipe says what, never how. One TOML file per intent, in recipes/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from calora_export import resources
+from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
+from calora_export.errors import RecipeError, UnsupportedError, mismatch
+
+Weight = DenseWeight | PackedWeight
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to hold the weights of some modules. The first rule whose pattern matches the module's name wins.
+
+    fp32 holds every weight dense. int4 and int8 keep packed weights exactly as the bundle has them and quantise dense
+    ones (symmetric, round to nearest), which the package and the report then say.
+    """
+
+    modules: str
+    scheme: Literal["fp32", "int8", "int4"]
+    group_size: int = 32
+
+
+class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a parity row must reach. max_abs is on logits, kl_max in nats, sqnr_db in dB."""
+
+    max_abs: float
+    kl_max: float
+    top1_agreement: float
+    sqnr_db: float
+    effect_ratio: tuple[float, float] = (0.9, 1.1)
+
+
+class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tolerances against the bundle as trained and against the same model with the target's changes."""
+
+    source: Tolerance
+    target: Tolerance
+    task_points: float = 0.5
+    gates_max_abs: float = 1e-4
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One way to lower a bundle.
+
+    context is in positions. logits: of the `last` position or `all` of them. activations: what a packed base reads,
+    `float` as it is or `int8` rounded per block inside the kernel. adapters: the dtype of adapter files.
+    adapter_inputs: `optional` where the runtime has an adapter API, `required` where it has none (browsers).
+    """
+
+    target: str
+    description: str
+    precision: tuple[Rule, ...]
+    parity: Parity
+    context: int = 2048
+    logits: Literal["last", "all"] = "last"
+    activations: Literal["float", "int8"] = "float"
+    adapters: Literal["fp32", "fp16"] = "fp32"
+    adapter_inputs: Literal["optional", "required"] = "optional"
+
+    def rule(self, module: str) -> Rule:
+        """The first rule that matches, or an error that names the module."""
+        for rule in self.precision:
+            if re.fullmatch(rule.modules.replace(".", r"\.").replace("*", ".*"), module):
+                return rule
+        raise RecipeError(mismatch("recipe", "precision", f"a rule that matches {module}", "none"))
+
+
+@dataclass(frozen=True)
+class Representation:
+    """A weight as a target will hold it, and whether that is what the bundle holds."""
+
+    weight: Weight
+    exact: bool
+
+
+def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
+    """Apply the recipe's rule to one weight as stored."""
+    rule = recipe.rule(module)
+    if rule.scheme == "fp32":
+        dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.values
+        return Representation(DenseWeight(dense), True)
+    if isinstance(weight, PackedWeight):
+        return Representation(weight, True)
+    columns = weight.values.shape[1]
+    if columns % rule.group_size:
+        raise UnsupportedError(
+            mismatch(module, "input features", f"a multiple of the recipe's group_size {rule.group_size}", columns)
+        )
+    bits = {"int4": 4, "int8": 8}[rule.scheme]
+    return Representation(quantize_symmetric(weight.values.astype("float32"), bits, rule.group_size), False)
+
+
+def load(name: str) -> Recipe:
+    """A recipe by its name or by the path of its file."""
+    known = resources.recipes()
+    path = known.get(name) or Path(name)
+    if not path.is_file():
+        raise RecipeError(mismatch("--recipe", name, f"a file or one of {', '.join(sorted(known))}", "neither"))
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=Recipe)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise RecipeError(f"{path.name}: {error}") from error
+
+
+def catalogue() -> Mapping[str, Recipe]:
+    """Every recipe that ships with the tool, by name."""
+    return {name: load(name) for name in sorted(resources.recipes())}

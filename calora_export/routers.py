@@ -1,0 +1,123 @@
+"""Routers: from a prompt's token ids to one gate per adapter, selection policy included.
+
+The released DLP-LoRA (arXiv 2410.01497) selects by top-p and then takes a softmax of the *selected probabilities*.
+Ranks are found by comparing every pair of classes instead of by sorting, so that ties go to the lower class index on
+every target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from calora_export.bundle import Bundle
+from calora_export.manifest import RouterSpec, Selection
+from calora_export.tensors import TensorIndex
+
+
+class MlpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """router/config.json of the mini-MLP."""
+
+    form: str
+    vocab_size: int
+    embedding_size: int
+    hidden_sizes: tuple[int, ...]
+    num_classes: int
+
+
+class Mlp(nn.Module):
+    """Token embeddings, averaged, through linear layers with ReLU between them. ids [1, T] → logits [1, classes]."""
+
+    def __init__(self, config: MlpConfig) -> None:
+        super().__init__()
+        sizes = (config.embedding_size, *config.hidden_sizes, config.num_classes)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).mean(dim=1)
+        for i, layer in enumerate(self.layers):
+            x = layer(torch.relu(x) if i else x)
+        return x
+
+
+class Select(nn.Module):
+    """Logits [1, classes] → gates [classes]; unselected classes get 0."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def forward(self, logits: Tensor) -> Tensor:
+        scores = logits[0] / self.selection.temperature
+        probs = scores.softmax(0)
+        chosen = self._chosen(probs)
+        match self.selection.weights:
+            case "softmax_probs":
+                return probs.masked_fill(~chosen, float("-inf")).softmax(0)
+            case "softmax_logits":
+                return scores.masked_fill(~chosen, float("-inf")).softmax(0)
+            case "renorm":
+                kept = probs * chosen
+                return kept / kept.sum()
+            case "uniform":
+                return chosen.float() / chosen.float().sum()
+
+    def _chosen(self, probs: Tensor) -> Tensor:
+        """bool [classes]. before[i, j]: class j ranks before class i."""
+        index = torch.arange(probs.shape[0])
+        ahead = probs[None, :] > probs[:, None]
+        tied = (probs[None, :] == probs[:, None]) & (index[None, :] < index[:, None])
+        before = (ahead | tied).float()
+        first = before.sum(1) == 0
+        match self.selection.select:
+            case "top_p":  # while the sum of those before is at most p: the class that crosses p is kept
+                return (before * probs[None, :]).sum(1) <= self.selection.p
+            case "top_k":
+                return before.sum(1) < self.selection.k
+            case "threshold":
+                return (probs >= self.selection.threshold) | first
+            case "all":
+                return torch.ones_like(first)
+
+
+class Router(nn.Module):
+    """ids [1, T] → gates [classes]."""
+
+    def __init__(self, classifier: Mlp, selection: Selection) -> None:
+        super().__init__()
+        self.classifier, self.select = classifier, Select(selection)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.select(self.classifier(ids))
+
+
+def load(bundle: Bundle) -> Router | None:
+    """The bundle's router, or None."""
+    spec = bundle.manifest.router
+    if spec is None:
+        return None
+    directory = bundle.path / "router"
+    classifier = Mlp(msgspec.json.decode((directory / "config.json").read_bytes(), type=MlpConfig))
+    tensors = TensorIndex.open(directory, "router")
+    classifier.load_state_dict({name: torch.from_numpy(np.array(tensors.float32(name))) for name in tensors.names()})
+    return Router(classifier, spec.selection).eval().requires_grad_(False)
+
+
+class RouterText:
+    """Text to the router's token ids, as it was trained: template, no special tokens, truncation."""
+
+    def __init__(self, spec: RouterSpec, tokenizer: Path) -> None:
+        self._spec = spec
+        self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
+
+    def ids(self, text: str) -> list[int]:
+        """At least one id, at most max_length; `left` truncation keeps the last ones."""
+        spec = self._spec
+        ids = self._tokenizer.encode(spec.template.replace("{text}", text), add_special_tokens=False).ids or [0]
+        return ids[-spec.max_length :] if spec.truncation == "left" else ids[: spec.max_length]

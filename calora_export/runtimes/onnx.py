@@ -1,0 +1,209 @@
+"""A package on ONNX Runtime, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from calora_export.adapters import Adapter
+from calora_export.errors import PackageError, UnsupportedError, mismatch
+from calora_export.package import ModelInfo, Package, Slots
+from calora_export.runtimes import Mix
+
+VERSION = 1
+QUIET = 3
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+
+
+def suffix() -> str:
+    return ".onnx_adapter"
+
+
+def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
+    """Write an adapter in the layout of the graph's inputs. The same adapter gives the same bytes."""
+    arrays = arrange(adapter, slots)
+    arrays[slots.fingerprint] = np.frombuffer(bytes.fromhex(fingerprint.removeprefix("sha256:")), np.uint8)
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    file = ort.AdapterFormat()
+    file.set_adapter_version(VERSION)
+    file.set_model_version(VERSION)
+    file.set_parameters(values)
+    file.export_adapter(str(path))
+
+
+def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
+    """Tensor name → array: sites that share an input side by side, matrices transposed to [in, R] and [R, out]."""
+    dtype, rank = DTYPES[slots.dtype], adapter.rank
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in slots.tensors:
+        if tensor.down not in arrays:
+            arrays[tensor.down] = np.zeros((tensor.inputs, tensor.parts * rank), dtype)
+        arrays[tensor.up] = np.zeros((rank, tensor.outputs), dtype)
+        rows = adapter.sites.get(tensor.site)
+        if rows is not None:
+            arrays[tensor.down][:, tensor.part * rank : (tensor.part + 1) * rank] = rows.down.T
+            arrays[tensor.up][:] = rows.up.T
+    if slots.recovery is not None:
+        arrays[slots.recovery] = adapter.recovery.astype(np.float32)
+    elif adapter.recovery.any():
+        raise UnsupportedError(
+            mismatch(adapter.id, "branches", "linear ones only", "recovery", "export again from a bundle with recovery")
+        )
+    return arrays
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors of the runtime, with what keeps their memory alive: an OrtValue does not own a numpy array."""
+
+    values: Mapping[str, ort.OrtValue]
+    owner: object
+
+    @staticmethod
+    def of(arrays: Mapping[str, np.ndarray]) -> Tensors:
+        return Tensors({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}, arrays)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in self.values.items()}
+
+
+def read_adapter(path: Path, slots: Slots) -> tuple[Tensors, str]:
+    """The tensors of an adapter file, mapped, and the fingerprint of its base."""
+    try:
+        file = ort.AdapterFormat.read_adapter(str(path))
+        values = dict(file.get_parameters())
+    except Exception as error:  # the binding raises bare RuntimeErrors for every kind of damage
+        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
+    if slots.fingerprint not in values:
+        raise PackageError(mismatch(path.name, slots.fingerprint, "uint8 [32]", "nothing"))
+    fingerprint = values.pop(slots.fingerprint).numpy().tobytes()
+    return Tensors(values, file), f"sha256:{fingerprint.hex()}"
+
+
+def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) -> dict[str, np.ndarray]:
+    """Several adapters' arrays as one: rows side by side, gates folded into `up`."""
+    blended: dict[str, np.ndarray] = {}
+    for tensor in slots.tensors:
+        blended[tensor.up] = np.concatenate([arrays[tensor.up] * np.float32(gate) for arrays, gate in parts])
+        blended[tensor.up] = blended[tensor.up].astype(DTYPES[slots.dtype], copy=False)
+        if tensor.down not in blended:
+            shape = (tensor.inputs, tensor.parts, -1)
+            downs = [arrays[tensor.down].reshape(shape) for arrays, _ in parts]
+            blended[tensor.down] = np.concatenate(downs, axis=2).reshape(tensor.inputs, -1)
+    if slots.recovery is not None:
+        blended[slots.recovery] = np.concatenate([arrays[slots.recovery] for arrays, _ in parts])
+    return blended
+
+
+def open_session(package: Package, threads: int) -> OnnxSession:
+    return OnnxSession(package, threads)
+
+
+class OnnxSession:
+    """Implements Session. Cache and adapter tensors are bound once and stay where they are, token after token."""
+
+    def __init__(self, package: Package, threads: int) -> None:
+        self._package, self._manifest, self._threads = package, package.manifest, threads
+        self._model = _open(package.path / self._manifest.model.file, threads)
+        self._router: ort.InferenceSession | None = None
+        self._adapters: dict[str, Tensors] = {}
+        self._cache = _Cache(self._manifest.model)
+        self._mix: dict[str, float] = {}
+        self.select({})
+
+    @property
+    def mix(self) -> Mix:
+        return dict(self._mix)
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
+        self._rows = self._combine(parts)
+        self._binding = self._model.io_binding()
+        for name, tensor in self._rows.values.items():
+            self._binding.bind_ortvalue_input(name, tensor)
+        self._cache.bind(self._binding)
+        self._mix = dict(mix)
+        if not keep_cache:
+            self.forget()
+
+    def forget(self) -> None:
+        self._cache.length = 0
+
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        total = self._cache.length + len(ids)
+        if total > self._manifest.model.context:
+            expected = f"at most {self._manifest.model.context} tokens of prompt and answer"
+            raise PackageError(mismatch("package.json", "model.context", expected, total))
+        self._binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
+        self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        self._binding.bind_output("logits")
+        self._model.run_with_iobinding(self._binding)
+        self._cache.length = total
+        return self._binding.get_outputs()[0].numpy()[0]
+
+    def route(self, ids: Sequence[int]) -> np.ndarray:
+        router = self._manifest.router
+        if router is None:
+            raise PackageError(mismatch("package.json", "router", "a router", "none", "name an adapter instead"))
+        if self._router is None:
+            self._router = _open(self._package.path / router.file, self._threads)
+        return self._router.run(["gates"], {"ids": np.array([ids], np.int64)})[0]
+
+    def admit(self, path: Path) -> None:
+        self._load(path)
+
+    def _adapter(self, identifier: str) -> Tensors:
+        if identifier not in self._adapters:
+            self._adapters[identifier] = self._load(self._package.path / self._package.adapter(identifier).file)
+        return self._adapters[identifier]
+
+    def _load(self, path: Path) -> Tensors:
+        """Refuse what was not made for this base and these slots: the file itself says what it is."""
+        slots = self._manifest.slots
+        tensors, fingerprint = read_adapter(path, slots)
+        self._package.require_fingerprint(path.name, fingerprint)
+        expected = {name for tensor in slots.tensors for name in (tensor.down, tensor.up)}
+        expected |= {slots.recovery} if slots.recovery else set()
+        if odd := sorted(set(tensors.values) ^ expected):
+            found = "one more" if odd[0] in tensors.values else "none"
+            raise PackageError(mismatch(path.name, odd[0], "the slots of package.json", found))
+        return tensors
+
+    def _combine(self, parts: Sequence[tuple[Tensors, float]]) -> Tensors:
+        slots, settings = self._manifest.slots, self._manifest.settings
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            return parts[0][0]
+        if parts:
+            return Tensors.of(blend([(tensors.arrays(), gate) for tensors, gate in parts], slots))
+        if settings.adapter_inputs == "optional":
+            return Tensors.of({})
+        return Tensors.of(arrange(Adapter("none", None, 0, np.zeros(0, bool), {}), slots))
+
+
+class _Cache:
+    """Keys and values [1, KV, context, D] that the runtime reads and writes in place; `length` positions are valid."""
+
+    def __init__(self, model: ModelInfo) -> None:
+        shape = (1, model.kv_heads, model.context, model.head_dim)
+        names = [f"{i}.{kv}" for i in range(model.layers) for kv in ("key", "value")]
+        self._buffers = Tensors.of({name: np.zeros(shape, np.float32) for name in names})
+        self.length = 0
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        for name, buffer in self._buffers.values.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+            binding.bind_ortvalue_output(f"present.{name}", buffer)
+
+
+def _open(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = QUIET  # one warning per overridable initializer otherwise
+    options.intra_op_num_threads = threads
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise PackageError(f"{path.name}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from error

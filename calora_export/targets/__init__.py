@@ -1,0 +1,40 @@
+"""One module per target, found by its file name. A target only sees a Graph.
+
+    lower(graph, recipe, directory, fingerprint) -> Slots      writes the model's files, says where adapters go
+    lower_router(router, directory) -> str                     writes the router, says its file's name
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from calora_export.errors import RecipeError, mismatch
+
+if TYPE_CHECKING:
+    from calora_export.graph import Graph
+    from calora_export.package import Slots
+    from calora_export.recipe import Recipe
+    from calora_export.routers import Router
+
+
+class Target(Protocol):
+    """What every module in this package offers."""
+
+    def lower(self, graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots: ...
+
+    def lower_router(self, router: Router, directory: Path) -> str: ...
+
+
+def names() -> tuple[str, ...]:
+    """The targets that exist, without importing any of them."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def load(name: str) -> Target:
+    """Import one target."""
+    if name not in names():
+        raise RecipeError(mismatch("recipe", "target", f"one of {', '.join(names())}", repr(name)))
+    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
