@@ -1,0 +1,235 @@
+"""What a validation found: the document of `validate --json`, and its way to disk and back.
+
+The keys and their order are a public contract. Numbers are plain floats; NaN and the infinities become null.
+A report that calls itself passed while one of its parts failed can not be constructed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from calora_export.errors import PackageError
+
+DeviceKind = Literal["host", "adb", "ssh", "browser", "apple", "reference"]
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the package ran; `emulated` says that its times mean nothing."""
+
+    name: str
+    kind: DeviceKind
+    arch: str
+    os: str
+    emulated: bool
+
+
+class ParityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One case against one reference, teacher-forced.
+
+    `case` is `base`, `adapter:ID`, `mix:ID+ID` or `route:ID`. The max abs values are in logits, `kl_max` in
+    nats, `top1_agreement` is a share of positions in [0, 1]. `sqnr_db` is infinite (null) when the outputs
+    are identical, `effect_ratio` is null where the reference runs the base.
+
+    Raises:
+        ValueError: `passed` although a measured number is missing, NaN or infinite.
+    """
+
+    case: str
+    against: Literal["source", "target"]
+    prefill_max_abs: float | None
+    decode_max_abs: float | None
+    kl_max: float | None
+    top1_agreement: float | None
+    sqnr_db: float | None
+    effect_ratio: float | None
+    passed: bool
+
+    def __post_init__(self) -> None:
+        # NaN compares false with every tolerance, so `error > limit` would let it through.
+        measured = {
+            "prefill_max_abs": self.prefill_max_abs,
+            "decode_max_abs": self.decode_max_abs,
+            "kl_max": self.kl_max,
+            "top1_agreement": self.top1_agreement,
+        }
+        # A route may end at the base, which has no effect to compare.
+        if self.case.startswith(("adapter:", "mix:")):
+            measured["effect_ratio"] = self.effect_ratio
+        for name, value in measured.items():
+            if self.passed and not is_finite(value):
+                raise ValueError(f"{self.case} against {self.against} can not have passed: {name} is {value}")
+
+
+class Safety(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What must hold whatever the numbers are."""
+
+    aba_bit_identical: bool
+    kv_isolated: bool
+    wrong_base_refused: bool
+
+
+class RouterRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The router on `cases` texts: equal choices in all, largest error of a gate, share of right choices."""
+
+    cases: int
+    decisions_equal: bool
+    gates_max_abs: float | None
+    accuracy: float | None
+
+
+class TaskRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One adapter's task score with the reference model and on the device."""
+
+    adapter: str
+    metric: str
+    reference: float | None
+    device: float | None
+    passed: bool
+
+
+class Swap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Percentiles of the time to change the adapter."""
+
+    p50: float | None
+    p90: float | None
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Speed and memory: milliseconds, tokens per second, MB of 10^6 bytes.
+
+    A tax is the time of a decode step with one adapter (a mix of two) divided by that of the base. None is
+    what was not measured: no second adapter, no router, no memory figure from a browser.
+    """
+
+    load_ms: float | None
+    swap_ms: Swap
+    first_token_after_swap_ms: float | None
+    prefill_tok_s: float | None
+    decode_tok_s: float | None
+    adapter_tax: float | None
+    mix2_tax: float | None
+    router_ms: float | None
+    peak_rss_mb: float | None
+    threads: int
+    samples: int
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One validation of one package on one device.
+
+    `problems` holds one line per failure. `tolerances` is what was judged against, by name: a metric
+    (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
+    bound the effect.
+
+    Raises:
+        ValueError: the verdict contradicts a part or `problems`, or nothing was compared.
+    """
+
+    package: str
+    target: str
+    passed: bool
+    device: DeviceInfo
+    parity: tuple[ParityRow, ...]
+    safety: Safety
+    router: RouterRow | None
+    tasks: tuple[TaskRow, ...]
+    latency: Latency
+    problems: tuple[str, ...] = ()
+    versions: dict[str, str] = {}
+    recipe: str = ""
+    tolerances: dict[str, float] = {}
+
+    def __post_init__(self) -> None:
+        failed = failed_parts(self)
+        if self.passed and not self.parity:
+            raise ValueError("the report can not have passed: nothing was compared")
+        if self.passed and (failed or self.problems):
+            raise ValueError(f"the report can not have passed: {', '.join((*failed, *self.problems))}")
+        if not self.passed and not self.problems:
+            raise ValueError("the report failed and names no problem")
+
+    def to_json(self) -> str:
+        """The document of `validate --json`: keys in the schema's order, indented, no newline at the end."""
+        return msgspec.json.format(msgspec.json.encode(self, order="deterministic"), indent=2).decode()
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the plots of report.html show beyond report.json.
+
+    error: (case, against) -> max abs error at every position, the prompt's `prefill` positions first.
+    decode_ms: what was decoding (`base`, `adapter` …) -> milliseconds of every step; drawn on one axis.
+    swap_ms: milliseconds of every swap.
+    """
+
+    error: Mapping[tuple[str, str], Sequence[float]] = field(default_factory=dict)
+    prefill: int = 0
+    decode_ms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    swap_ms: Sequence[float] = ()
+
+
+def is_finite(value: float | None) -> bool:
+    """False for None, NaN and the infinities, which JSON does not tell apart."""
+    return value is not None and math.isfinite(value)
+
+
+def failed_parts(report: Report) -> tuple[str, ...]:
+    """The names of the rows and checks of a report that did not pass."""
+    parity = [f"{row.case} against {row.against}" for row in report.parity if not row.passed]
+    safety = [name for name in report.safety.__struct_fields__ if not getattr(report.safety, name)]
+    router = ["decisions_equal"] if report.router is not None and not report.router.decisions_equal else []
+    tasks = [f"task of {row.adapter}" for row in report.tasks if not row.passed]
+    return (*parity, *safety, *router, *tasks)
+
+
+def read(path: str | Path) -> Report:
+    """Read a report.json.
+
+    Raises:
+        PackageError: there is no such file, it is not JSON, or a key is unknown, missing or wrong.
+    """
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Report)
+    except OSError as error:
+        raise PackageError(f"{path}: a report can not be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise PackageError(f"{path}: not a report: {error}") from error
+
+
+def write(report: Report, directory: str | Path, series: Series | None = None) -> None:
+    """Write report.json and report.html; each appears whole or not at all.
+
+    Raises:
+        PackageError: the directory can not be written.
+        msgspec.ValidationError: a field holds another type than it declares, so nobody could read it back.
+    """
+    # Most commands write no report and must not pay for importing jinja2.
+    from calora_export.report_page import render
+
+    page = render(report, series or Series())
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(directory / "report.html", page)
+        _replace(directory / "report.json", report.to_json() + "\n")
+    except OSError as error:
+        raise PackageError(f"{directory}: the report can not be written: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
