@@ -76,12 +76,13 @@ def tiny_base(directory: Path, rng: np.random.Generator, *, compressed: bool) ->
     """A Hugging Face model directory: config.json, tokenizer, model.safetensors."""
     directory.mkdir(parents=True)
     config: Json = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
+        "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
         "head_dim": HIDDEN // HEADS, "intermediate_size": MLP, "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-        "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
-        "dtype": "bfloat16",
+        "attention_bias": False, "mlp_bias": False, "bos_token_id": None, "eos_token_id": 0,
+        "pad_token_id": None, "dtype": "bfloat16",
     }  # fmt: skip
     if compressed:
         config["quantization_config"] = _quantization_config()

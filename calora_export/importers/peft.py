@@ -38,8 +38,8 @@ class _WeightsIndex(msgspec.Struct, frozen=True):
 def import_peft(base: Path, adapters: Sequence[Path], out: Path, name: str | None = None) -> None:
     """Write the bundle `out` from a model directory and adapter directories; no router, no tasks.
 
-    An adapter's id is its directory's name, its class_index its place in `adapters`. `out` appears only when it is
-    complete and passes the bundle's own checks. BundleError or UnsupportedError in one line.
+    An adapter's id is its directory's name, its class_index its place in `adapters`. `out` appears only when
+    it is complete and passes the bundle's own checks. BundleError or UnsupportedError in one line.
     """
     ids = _ids(adapters)
     _check_out(out)
