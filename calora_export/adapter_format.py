@@ -117,10 +117,10 @@ def read_config(directory: Path, label: str) -> PeftConfig:
     config = strict_json.read(directory / CONFIG, PeftConfig, file)
     if config.peft_type != "LORA":
         hint = "train LoRA, or convert it to LoRA"
-        raise UnsupportedError(mismatch(file, "peft_type", "LORA", config.peft_type, hint))
+        raise UnsupportedError(mismatch(file, "peft_type", "LORA", strict_json.plain(config.peft_type), hint))
     if config.bias != "none":
         hint = "slots have no bias; train with bias none"
-        raise UnsupportedError(mismatch(file, "bias", "none", config.bias, hint))
+        raise UnsupportedError(mismatch(file, "bias", "none", strict_json.plain(config.bias), hint))
     for key, why in _REFUSED.items():
         if value := getattr(config, key):
             raise UnsupportedError(mismatch(file, key, "null or false", strict_json.show(value), why))
@@ -128,7 +128,9 @@ def read_config(directory: Path, label: str) -> PeftConfig:
     if isinstance(initial, str) and initial.startswith(_CHANGES_BASE):
         hint = "it changed the base; save it with PEFT's path_initial_model_for_weight_conversion"
         expected = "an initialisation that keeps the base"
-        raise UnsupportedError(mismatch(file, "init_lora_weights", expected, initial, hint))
+        raise UnsupportedError(
+            mismatch(file, "init_lora_weights", expected, strict_json.plain(initial), hint)
+        )
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns or {}:
             _check_regex(pattern, file, key)

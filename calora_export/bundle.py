@@ -175,7 +175,8 @@ def _check_quantization(quantization: _Quantization, file: str) -> None:
     ):
         if found != expected:
             hint = "save it uncompressed, or with llm-compressor as pack-quantized"
-            raise UnsupportedError(mismatch(file, f"quantization_config.{key}", expected, found, hint))
+            shown = strict_json.plain(str(found))
+            raise UnsupportedError(mismatch(file, f"quantization_config.{key}", expected, shown, hint))
 
 
 def _read_tokenizer(directory: Path, label: str) -> None:
@@ -251,7 +252,7 @@ def _check_router(directory: Path, router: RouterSpec) -> None:
     file = "router/config.json"
     form = strict_json.read(directory / "config.json", _RouterForm, file).form
     if form != "mlp":
-        raise UnsupportedError(mismatch(file, "form", "mlp", form))
+        raise UnsupportedError(mismatch(file, "form", "mlp", strict_json.plain(form)))
     config = strict_json.read(directory / "config.json", _MlpRouter, file)
     if config.num_classes != len(router.classes):
         expected = f"{len(router.classes)}, the number of router.classes"
@@ -283,7 +284,7 @@ def _check_exact(tensors: TensorIndex, expected: dict[str, tuple[int, ...]]) -> 
 
 def _check_eval(bundle: Path, task: TaskSpec, key: str) -> None:
     parts = PurePosixPath(task.eval).parts
-    if task.eval.startswith("/") or ".." in parts or "\0" in task.eval:
+    if task.eval.startswith("/") or ".." in parts or not task.eval.isprintable():
         raise wrong(key, "a path inside the bundle", strict_json.show(task.eval))
     try:
         lines = strict_json.read_bytes(bundle / task.eval, task.eval).splitlines()

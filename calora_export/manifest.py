@@ -143,7 +143,7 @@ def check_id(identifier: str, file: str, key: str) -> None:
 
 def wrong(key: str, expected: object, found: object, hint: str = "") -> BundleError:
     """The error about a value of bundle.json."""
-    return BundleError(mismatch(FILE, key, expected, found, hint))
+    return BundleError(mismatch(FILE, key, expected, strict_json.plain(str(found)), hint))
 
 
 def _check_ids(key: str, ids: Iterable[str]) -> None:

@@ -75,7 +75,7 @@ class Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self.group = Group((self,), current, 0)
+        self.group = Group((self,), current, False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.output(x, self.site)
@@ -84,8 +84,8 @@ class Linear(nn.Module):
 class Group:
     """Linear layers that share an input: the first call computes all of them, the others take their share."""
 
-    def __init__(self, members: tuple[Linear, ...], current: _Current, activation_block: int) -> None:
-        self.members, self.activation_block = members, activation_block
+    def __init__(self, members: tuple[Linear, ...], current: _Current, round_activations: bool) -> None:
+        self.members, self.round_activations = members, round_activations
         self.sites = tuple(member.site for member in members)
         self._current = current
         self._seen: Tensor | None = None
@@ -115,7 +115,7 @@ class Group:
             [rows.sites[self.sites[i]][1] for i in slotted],
             rows.gate,
             rows.recovery,
-            self.activation_block,
+            self.round_activations,
         )
 
 
@@ -245,13 +245,14 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **options: None)
 
 
-def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activation_block: int = 0) -> SlotModel:
+def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, round_activations: bool = False) -> SlotModel:
     """Build the bundle's base with slots on every linear layer.
 
     weight_of gives the weight of a module by its name: as stored for the source reference, re-represented for a target.
-    context is the number of positions that the rotary tables cover.
+    context is the number of positions that the rotary tables cover, at most what the model was made for.
     """
     config = transformers.AutoConfig.from_pretrained(bundle.path / "base", local_files_only=True)
+    context = min(context, config.max_position_embeddings)
     _check_supported(config, context)
     config._attn_implementation = ATTENTION
     with _parameters_on_meta():
@@ -266,7 +267,7 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activation_blo
     if left:
         raise BundleError(mismatch("base/", left[0], "a tensor of that name", "none"))
     model = SlotModel(lm, current, _shape(config, context))
-    _group_by_input(model, linears, activation_block)
+    _group_by_input(model, linears, round_activations)
     return model
 
 
@@ -385,7 +386,7 @@ def _takes_layer_type(module: nn.Module) -> bool:
     return "layer_type" in inspect.signature(module.forward).parameters
 
 
-def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activation_block: int) -> None:
+def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], round_activations: bool) -> None:
     """Run one token and see which linear layers are called, one after the other, with the very same tensor."""
     seen: list[tuple[str, Tensor]] = []
     with torch.no_grad():
@@ -397,7 +398,7 @@ def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activation_
         else:
             runs.append((x, [site]))
     for _, sites in runs:
-        group = Group(tuple(linears[site] for site in sites), model.current, activation_block)
+        group = Group(tuple(linears[site] for site in sites), model.current, round_activations)
         for member in group.members:
             member.group = group
     model.groups = tuple(tuple(sites) for _, sites in runs)

@@ -45,18 +45,18 @@ def linears(
     ups: list[Tensor],
     gate: Tensor,
     recovery: Tensor,
-    activation_block: int,
+    round_activations: bool,
 ) -> list[Tensor]:
     """y_i = base_i(x) + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
 
     x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
-    linear slotted[j]; gate [R]; recovery bool [R]. activation_block > 0 rounds what a packed base reads to int8.
+    linear slotted[j]; gate [R]; recovery bool [R]. round_activations: a packed base reads x rounded to int8 per group.
     Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
     """
     ys = []
     for weight, scale, bias in zip(weights, scales, biases, strict=True):
         packed = scale.numel() > 0
-        seen = quantize_activations(x, activation_block) if activation_block and packed else x
+        seen = quantize_activations(x, x.shape[-1] // scale.shape[1]) if round_activations and packed else x
         ys.append(F.linear(seen, dequantize(weight, scale), bias if bias.numel() else None))
     for index, down, up in zip(slotted, downs, ups, strict=True):
         rows = F.linear(x, down)
@@ -66,7 +66,7 @@ def linears(
 
 
 @linears.register_fake
-def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activation_block):  # noqa: ANN001
+def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, round_activations):  # noqa: ANN001
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 

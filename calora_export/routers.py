@@ -7,16 +7,13 @@ every target.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from calora_export.bundle import Bundle
-from calora_export.manifest import RouterSpec, Selection
+from calora_export.manifest import Selection
 from calora_export.tensors import TensorIndex
 
 
@@ -107,17 +104,3 @@ def load(bundle: Bundle) -> Router | None:
     tensors = TensorIndex.open(directory, "router")
     classifier.load_state_dict({name: torch.from_numpy(np.array(tensors.float32(name))) for name in tensors.names()})
     return Router(classifier, spec.selection).eval().requires_grad_(False)
-
-
-class RouterText:
-    """Text to the router's token ids, as it was trained: template, no special tokens, truncation."""
-
-    def __init__(self, spec: RouterSpec, tokenizer: Path) -> None:
-        self._spec = spec
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
-
-    def ids(self, text: str) -> list[int]:
-        """At least one id, at most max_length; `left` truncation keeps the last ones."""
-        spec = self._spec
-        ids = self._tokenizer.encode(spec.template.replace("{text}", text), add_special_tokens=False).ids or [0]
-        return ids[-spec.max_length :] if spec.truncation == "left" else ids[: spec.max_length]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from calora_export.errors import BundleError, mismatch
+from calora_export.strict_json import plain
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -24,13 +25,13 @@ def expand_sites(
             continue
         parts = pattern.split(".")
         if any("*" in part and part != "*" for part in parts):
-            raise BundleError(mismatch(file, f"{key}[{index}]", "`*` alone between dots", pattern))
+            raise BundleError(mismatch(file, f"{key}[{index}]", "`*` alone between dots", plain(pattern)))
         regex = re.compile(r"\.".join("[^.]+" if part == "*" else re.escape(part) for part in parts))
         matches = {name for name in linears if regex.fullmatch(name)}
         if not matches:
             example = next(iter(linears), "model.layers.*.mlp.up_proj")
             expected = f"a pattern that names a linear layer, such as {example}"
-            raise BundleError(mismatch(file, f"{key}[{index}]", expected, pattern))
+            raise BundleError(mismatch(file, f"{key}[{index}]", expected, plain(pattern)))
         found |= matches
     return tuple(sorted(found, key=natural_key))
 

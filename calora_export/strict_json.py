@@ -53,6 +53,11 @@ def show(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def plain(text: str) -> str:
+    """`text` itself when it prints on one line, else as JSON, so that no input can break an error's line."""
+    return text if text.isprintable() else show(text)
+
+
 def _reason(problem: Exception) -> str:
     return (problem.strerror if isinstance(problem, OSError) else None) or str(problem)
 
@@ -67,7 +72,7 @@ def _explain(message: str, raw: object, kind: type, file: str) -> str:
         name = unknown["name"]
         found = value.get(name) if isinstance(value, dict) else None
         expected = f"one of the keys {_choices(schema)}"
-        return mismatch(file, prefix + name, expected, f"this key with {show(found)}")
+        return mismatch(file, plain(prefix + name), expected, f"this key with {show(found)}")
     if missing := _MISSING.match(what):
         return mismatch(file, prefix + missing["name"], "this key", "nothing")
     if what.startswith("Invalid enum value"):

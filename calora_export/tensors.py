@@ -177,6 +177,8 @@ def _parse_header(header: bytes, path: Path, data: int, size: int, shown: str) -
     raw.pop("__metadata__", None)
     infos: dict[str, TensorInfo] = {}
     for name, text in raw.items():
+        if not name.isprintable():
+            raise BundleError(mismatch(shown, "header", "printable tensor names", repr(name)))
         try:
             entry = msgspec.json.decode(text, type=_Entry)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:

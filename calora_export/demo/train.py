@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
 
 from calora_export.demo.table import table
@@ -257,12 +258,10 @@ def compress(plan: Plan, base: LlamaForCausalLM) -> tuple[LlamaForCausalLM, dict
             stored[name] = quantize(module.weight, plan.embedding_bits, plan.group_size)
         elif name.rpartition(".")[2] in LINEARS:
             stored[name] = quantize(prune_2_4(module.weight), plan.linear_bits, plan.group_size)
-        elif hasattr(module, "variance_epsilon"):
+        elif isinstance(module, LlamaRMSNorm):
             module.weight.data = module.weight.half().float()
-            continue
-        else:
-            continue
-        module.weight.data = stored[name].dense()
+        if name in stored:
+            module.weight.data = stored[name].dense()
     model.tie_weights()
     return model, stored
 
@@ -364,9 +363,7 @@ class TaskScores:
 
 def train_task(plan: Plan, index: int, source: Path, adapter: Path) -> TaskScores:
     """Train and compare the adapters of one task for the uncompressed base in `source`; write its CA-LoRA."""
-    torch.set_num_threads(1)
     torch.manual_seed(plan.seed + index)
-    logging.disable_progress_bar()
     task = TASKS[index]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     base = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32).requires_grad_(False)
@@ -679,10 +676,15 @@ def bundle_manifest(plan: Plan, base_fingerprint: str, provenance: dict[str, obj
 # --- the whole run --------------------------------------------------------------------------------
 
 
+def prepare_process() -> None:
+    """One thread each: two small trainings side by side beat one on two threads, and repeat exactly."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
 def train_demo(plan: Plan, out: Path) -> dict[str, object]:
     """Train everything, write `out`/bundle and `out`/results.json, and return the latter."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    prepare_process()
     start = time.perf_counter()
     source, bundle = out / "uncompressed", out / "bundle"
 
@@ -695,14 +697,13 @@ def train_demo(plan: Plan, out: Path) -> dict[str, object]:
     tokenizer.save_pretrained(bundle / "base")
     base_seconds = time.perf_counter() - start
 
-    # One thread per process: two small trainings side by side beat one on two threads, and repeat exactly.
-    with ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        router_run = pool.submit(train_router, plan, tokenizer)
+    with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn"), prepare_process) as pool:
         task_runs = [
             pool.submit(train_task, plan, index, source, bundle / "adapters" / task.id)
             for index, task in enumerate(TASKS)
         ]
-        router, task_scores = router_run.result(), [run.result() for run in task_runs]
+        router_run = pool.submit(train_router, plan, tokenizer)
+        task_scores, router = [run.result() for run in task_runs], router_run.result()
 
     write_router(plan, router, tokenizer, bundle / "router")
     for task in TASKS:

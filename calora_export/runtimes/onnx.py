@@ -123,6 +123,7 @@ class OnnxSession:
         parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
         self._rows = self._combine(parts)
         self._binding = self._model.io_binding()
+        self._binding.bind_output("logits")  # the first to be bound is the first of get_outputs()
         for name, tensor in self._rows.values.items():
             self._binding.bind_ortvalue_input(name, tensor)
         self._cache.bind(self._binding)

@@ -2,6 +2,8 @@
 
     lower(graph, recipe, directory, fingerprint) -> Slots      writes the model's files, says where adapters go
     lower_router(router, directory) -> str                     writes the router, says its file's name
+    accompany(manifest, directory) -> None                     writes what the runtime's own tools look for
+    MODEL                                                      the model's file in the package
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from calora_export.errors import RecipeError, mismatch
 
 if TYPE_CHECKING:
     from calora_export.graph import Graph
-    from calora_export.package import Slots
+    from calora_export.package import Manifest, Slots
     from calora_export.recipe import Recipe
     from calora_export.routers import Router
 
@@ -26,6 +28,11 @@ class Target(Protocol):
     def lower(self, graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots: ...
 
     def lower_router(self, router: Router, directory: Path) -> str: ...
+
+    def accompany(self, manifest: Manifest, directory: Path) -> None: ...
+
+    @property
+    def MODEL(self) -> str: ...  # noqa: N802
 
 
 def names() -> tuple[str, ...]:

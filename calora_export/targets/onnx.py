@@ -7,8 +7,13 @@ no node: it is folded into `up` when an adapter is activated, since what a slot 
 
 from __future__ import annotations
 
+import json
+import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +25,11 @@ from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
-from calora_export.package import Slots, SlotTensor
+from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 
+MODEL = "model.onnx"
 OPSET = 21
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
@@ -38,7 +44,7 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Sl
         lowering = _Lowering(graph, recipe, data, fingerprint)
         model = lowering.run()
     model.graph.sort()
-    ir.save(model, directory / "model.onnx")
+    ir.save(model, directory / MODEL)
     return lowering.slots
 
 
@@ -46,7 +52,7 @@ def lower_router(router: Router, directory: Path) -> str:
     """Write router.onnx: ids [1, tokens] → gates [classes], with the selection policy inside."""
     ids = torch.zeros(1, 8, dtype=torch.long)
     shapes = {"ids": {1: torch.export.Dim("tokens", min=1)}}
-    with torch.no_grad():
+    with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             router.eval(),
             (ids,),
@@ -63,6 +69,65 @@ def lower_router(router: Router, directory: Path) -> str:
         node.meta.clear()
     program.save(directory / "router.onnx", external_data=False)
     return "router.onnx"
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """torch.onnx speaks of torchvision, which nobody here needs, and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def accompany(manifest: Manifest, directory: Path) -> None:
+    """Write what onnxruntime-genai looks for beside the model: genai_config.json and its own copy of the tokenizer."""
+    for file in sorted((directory / "tokenizer").glob("*.*")):
+        shutil.copyfile(file, directory / file.name)
+    text = json.dumps(_genai_config(manifest), indent=2)
+    (directory / "genai_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _genai_config(manifest: Manifest) -> dict[str, object]:
+    model = manifest.model
+    keys = [f"past_key_values.%d.{kv}" for kv in ("key", "value")]
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+        "filename": MODEL,
+        "head_size": model.head_dim,
+        "hidden_size": model.hidden,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": keys[0],
+            "past_value_names": keys[1],
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": keys[0].replace("past_key_values", "present"),
+            "present_value_names": keys[1].replace("past_key_values", "present"),
+        },
+        "num_attention_heads": model.heads,
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": model.kv_heads,
+    }
+    return {
+        "model": {
+            "bos_token_id": model.bos if model.bos is not None else model.eos[0],
+            "context_length": model.context,
+            "decoder": decoder,
+            "eos_token_id": list(model.eos),
+            "pad_token_id": model.eos[0],
+            "type": "decoder",
+            "vocab_size": model.vocab,
+        },
+        "search": {"do_sample": False, "max_length": model.context, "past_present_share_buffer": True},
+    }
 
 
 class _DataFile:

@@ -1,0 +1,349 @@
+"""Validate: run a package on a device, run the bundle in torch, compare the two."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from calora_export import adapters as rows
+from calora_export import bundle as bundles
+from calora_export import devices, golden, latency, model, parity, report, routers, runtimes
+from calora_export import package as packages
+from calora_export.adapters import Adapter
+from calora_export.bundle import Bundle
+from calora_export.compression import read_weight
+from calora_export.errors import FingerprintError, mismatch
+from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
+from calora_export.model import Rows, SlotModel
+from calora_export.package import Package
+from calora_export.pipeline import Progress, Weights
+from calora_export.report import DeviceInfo, ParityRow, Report, RouterRow, Series, TaskRow
+from calora_export.router_text import RouterText
+
+PREFILL, DECODE = 32, 32
+ROUTES = 50
+EXAMPLES = 200
+FORGED = "sha256:" + "0" * 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The bundle in torch: `source` as trained, `target` with the changes that the recipe made, if it made any."""
+
+    source: SlotModel
+    target: SlotModel | None
+    adapters: Mapping[str, Adapter]
+    router: routers.Router | None
+    text: RouterText | None
+
+    def models(self) -> dict[str, SlotModel]:
+        return {"source": self.source} | ({"target": self.target} if self.target is not None else {})
+
+    def mix(self, mix: Mapping[str, float]) -> Rows:
+        parts = [(self.adapters[identifier], gate) for identifier, gate in mix.items()]
+        return Rows.of(rows.mix(parts)) if parts else Rows.none()
+
+
+def validate(
+    package_path: Path, bundle_path: Path, device: str, progress: Progress = lambda stage: None
+) -> tuple[Report, Series]:
+    """Parity, safety, router, tasks and latency of a package on a device. Nothing is written."""
+    package = packages.load(package_path)
+    bundle = bundles.load(bundle_path, deep=True)
+    if bundle.manifest.base.fingerprint != package.manifest.base_fingerprint:
+        found = bundle.manifest.base.fingerprint
+        raise FingerprintError(
+            mismatch(bundle_path, "base.fingerprint", package.manifest.base_fingerprint, found, "another bundle's package")
+        )
+    progress("checking files")
+    altered = package.altered()
+    progress("building the references")
+    reference = _reference(package, bundle)
+    with tempfile.TemporaryDirectory(prefix="calora-validate-") as scratch:
+        job = _job(package, bundle, reference, Path(scratch))
+        progress(f"running on {device}")
+        trace = devices.run(device, package, job)
+    progress("comparing")
+    return _report(package, bundle, reference, job, trace, device, altered)
+
+
+def bench(package_path: Path, device: str) -> tuple[Answer, Job]:
+    """Time a package without a bundle."""
+    package = packages.load(package_path)
+    noise = np.random.default_rng(0).integers(0, package.manifest.model.vocab, latency.PROMPT)
+    timing = latency.timing(package, tuple(int(token) for token in noise))
+    routes = (tuple(range(8)),) if package.manifest.router else ()
+    job = Job(threads=threads(), timing=timing, routes=routes)
+    return devices.run(device, package, job).answer, job
+
+
+def threads() -> int:
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _reference(package: Package, bundle: Bundle) -> Reference:
+    context = package.manifest.model.context
+    settings = package.manifest.settings
+    source = model.compose(bundle, lambda module: read_weight(bundle.base, module), context=context)
+    target = None
+    if package.manifest.represented or settings.activations != "float":
+        rounds = settings.activations == "int8"
+        target = model.compose(bundle, Weights(bundle, settings), context=context, round_activations=rounds)
+    known = {spec.id for spec in bundle.manifest.adapters}
+    shipped = [entry.id for entry in package.manifest.adapters if entry.id in known]
+    adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in shipped}
+    router = routers.load(bundle) if package.manifest.router else None
+    spec = bundle.manifest.router
+    text = RouterText(spec, bundle.path / "router" / "tokenizer.json") if spec else None
+    return Reference(source, target, adapters, router, text)
+
+
+# ── what the device is asked ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) -> Job:
+    ids = golden.stream(bundle, min(PREFILL + DECODE, package.manifest.model.context))
+    prefill = len(ids) - DECODE
+    shipped = list(reference.adapters)
+    mixes: dict[str, dict[str, float]] = {"base": {}} | {f"adapter:{i}": {i: 1.0} for i in shipped}
+    if len(shipped) > 1:
+        mixes[f"mix:{shipped[0]}+{shipped[1]}"] = {shipped[0]: 0.6, shipped[1]: 0.4}
+    texts = _router_texts(bundle)
+    if reference.router is not None and reference.text is not None:
+        for text in texts[:3]:
+            gates = _gates(reference.router, reference.text.ids(text))
+            mix = {name: float(gate) for name, gate in zip(_classes(bundle), gates, strict=True) if gate > 0}
+            mixes.setdefault(f"route:{'+'.join(mix)}", mix)
+    timing_prompt = golden.stream(bundle, latency.PROMPT)
+    return Job(
+        threads=threads(),
+        cases=tuple(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()),
+        routes=tuple(tuple(reference.text.ids(text)) for text in texts) if reference.text and reference.router else (),
+        completions=tuple(_completions(bundle, reference)),
+        safety=_safety(package, reference, ids, scratch),
+        timing=latency.timing(package, timing_prompt),
+    )
+
+
+def _safety(package: Package, reference: Reference, ids: tuple[int, ...], scratch: Path) -> Safety | None:
+    """Two mixes that differ, and one of the package's own adapters made to say that it is for another base."""
+    shipped = list(reference.adapters)
+    if not shipped:
+        return None
+    runtime = runtimes.load(package.manifest.target)
+    forged = scratch / f"forged{runtime.suffix()}"
+    runtime.encode_adapter(reference.adapters[shipped[0]], package.manifest.slots, FORGED, forged)
+    second = {shipped[1]: 1.0} if len(shipped) > 1 else {}
+    return Safety(first={shipped[0]: 1.0}, second=second, ids=ids, forged=str(forged))
+
+
+def _completions(bundle: Bundle, reference: Reference) -> list[Completion]:
+    """Every held-out prompt, with room for its completion and the end token."""
+    tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
+    asked = []
+    for adapter, prompt, answer in _examples(bundle, reference):
+        limit = len(tokenizer.encode(answer, add_special_tokens=False).ids) + 1
+        asked.append(Completion(adapter=adapter, ids=tuple(tokenizer.encode(prompt).ids), limit=limit))
+    return asked
+
+
+def _examples(bundle: Bundle, reference: Reference) -> list[tuple[str, str, str]]:
+    return [
+        (adapter, prompt, answer)
+        for adapter, pairs in golden.examples(bundle).items()
+        if adapter in reference.adapters
+        for prompt, answer in pairs[:EXAMPLES]
+    ]
+
+
+def _router_texts(bundle: Bundle) -> list[str]:
+    """At least ROUTES texts: prompts of every task in turn, and pairs of them when those are too few."""
+    tasks = list(golden.examples(bundle).values())
+    each = max(1, -(-ROUTES // max(len(tasks), 1)))
+    texts = [pairs[turn][0] for turn in range(each) for pairs in tasks if turn < len(pairs)]
+    singles = list(texts) or [f"{number} {number * 7919 % 1000}" for number in range(ROUTES)]
+    for step in range(1, ROUTES):
+        if len(texts) >= ROUTES:
+            break
+        texts += [f"{a} {b}" for a, b in zip(singles, singles[step:] + singles[:step], strict=True)]
+    return texts
+
+
+def _classes(bundle: Bundle) -> tuple[str, ...]:
+    assert bundle.manifest.router is not None
+    return bundle.manifest.router.classes
+
+
+def _gates(router: routers.Router, ids: Sequence[int]) -> np.ndarray:
+    with torch.no_grad():
+        return router(torch.tensor([list(ids)])).numpy()
+
+
+# ── what it answered ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _report(
+    package: Package, bundle: Bundle, reference: Reference, job: Job, trace: Trace, device: str, altered: list[str]
+) -> tuple[Report, Series]:
+    settings, answer = package.manifest.settings.parity, trace.answer
+    parity_rows, errors = _parity(package, reference, job, trace)
+    problems = [f"file: {line}" for line in altered]
+    for row in parity_rows:
+        limit = settings.source if row.against == "source" else settings.target
+        numbers = {name: getattr(row, name) for name in row.__struct_fields__ if name not in ("case", "against", "passed")}
+        problems += [f"{row.case} against {row.against}: {line}" for line in parity.failures(numbers, limit)]
+    safety, lines = _judge_safety(answer)
+    problems += lines
+    router = _judge_router(bundle, reference, job, trace)
+    if router is not None and not router.decisions_equal:
+        problems.append("router: the device chose other adapters than the reference")
+    if router is not None and not (router.gates_max_abs or 0.0) <= settings.gates_max_abs:
+        problems.append(f"router: gates_max_abs {router.gates_max_abs:.3g} is above {settings.gates_max_abs:.3g}")
+    tasks = _judge_tasks(bundle, reference, answer, set(package.manifest.model.eos), settings.task_points)
+    problems += [
+        f"task {row.adapter}: {row.metric} {row.device} on the device, {row.reference} in the reference"
+        for row in tasks
+        if not row.passed
+    ]
+    kind, _, _ = device.partition(":")
+    made = Report(
+        package=package.manifest.name,
+        target=package.manifest.target,
+        passed=not problems,
+        device=DeviceInfo(
+            name=answer.device,
+            kind=msgspec.convert(kind, report.DeviceKind),
+            arch=answer.arch,
+            os=answer.os,
+            emulated=False,
+        ),
+        parity=parity_rows,
+        safety=safety,
+        router=router,
+        tasks=tasks,
+        latency=latency.summarise(job, answer),
+        problems=tuple(problems),
+        versions=package.manifest.versions,
+        recipe=package.manifest.recipe,
+        tolerances=_tolerances(settings),
+    )
+    timing = answer.timing
+    series = Series(
+        error=errors,
+        prefill=1,
+        decode_ms=timing.decode if timing else {},
+        swap_ms=timing.swap if timing else (),
+    )
+    return made, series
+
+
+def _parity(
+    package: Package, reference: Reference, job: Job, trace: Trace
+) -> tuple[tuple[ParityRow, ...], dict[tuple[str, str], list[float]]]:
+    settings = package.manifest.settings.parity
+    made: list[ParityRow] = []
+    errors: dict[tuple[str, str], list[float]] = {}
+    for against, torch_model in reference.models().items():
+        limit = settings.source if against == "source" else settings.target
+        base: np.ndarray | None = None
+        for case in job.cases:
+            expected = golden.reference_logits(torch_model, reference.mix(case.mix), case.ids, case.prefill)
+            found = trace.logits[case.name]
+            base = expected if base is None else base
+            effect = parity.effect_ratio(expected, base, found, trace.logits["base"]) if case.mix else None
+            made.append(parity.compare(case.name, against, expected, found, effect, limit))
+            errors[case.name, against] = np.abs(expected - found).max(-1).tolist()
+    return tuple(made), errors
+
+
+def _judge_safety(answer: Answer) -> tuple[report.Safety, list[str]]:
+    """A package without adapters has nothing to swap and passes."""
+    seen = answer.safety
+    if seen is None:
+        return report.Safety(aba_bit_identical=True, kv_isolated=True, wrong_base_refused=True), []
+    problems = []
+    if not seen.aba:
+        problems.append("safety: the first adapter's logits changed after a swap to another and back")
+    if not seen.fresh:
+        problems.append("safety: a KV cache filled under one adapter was read under another")
+    if not seen.stale:
+        problems.append("safety: reading a stale KV cache changed nothing, so its isolation could not be checked")
+    if not seen.refused:
+        problems.append("safety: an adapter that says it is for another base was not refused")
+    made = report.Safety(
+        aba_bit_identical=seen.aba, kv_isolated=seen.fresh and seen.stale, wrong_base_refused=seen.refused
+    )
+    return made, problems
+
+
+def _judge_router(bundle: Bundle, reference: Reference, job: Job, trace: Trace) -> RouterRow | None:
+    if reference.router is None or not job.routes:
+        return None
+    expected = np.stack([_gates(reference.router, ids) for ids in job.routes])
+    found = np.array(trace.answer.gates, np.float32)
+    if found.shape != expected.shape:
+        return RouterRow(cases=len(job.routes), decisions_equal=False, gates_max_abs=None, accuracy=None)
+    same_top = expected.argmax(1) == found.argmax(1)
+    owners = {prompt: adapter for adapter, pairs in golden.examples(bundle).items() for prompt, _ in pairs}
+    truth = [owners.get(text) for text in _router_texts(bundle)]
+    classes = _classes(bundle)
+    right = [classes[row.argmax()] == owner for row, owner in zip(found, truth, strict=True) if owner is not None]
+    return RouterRow(
+        cases=len(job.routes),
+        decisions_equal=bool(np.array_equal(expected > 0, found > 0) and same_top.all()),
+        gates_max_abs=parity.max_abs(expected, found),
+        accuracy=float(np.mean(right)) if right else None,
+    )
+
+
+def _judge_tasks(
+    bundle: Bundle, reference: Reference, answer: Answer, ends: set[int], points: float
+) -> tuple[TaskRow, ...]:
+    """Exact match in percent. Greedy generation is right when every arg max is, so the reference needs one pass each."""
+    tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
+    scores: dict[str, list[tuple[bool, bool]]] = {}
+    for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):
+        wanted = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+        on_device = made[:-1] == wanted and made[-1] in ends
+        in_torch = _completes(reference.source, reference.mix({adapter: 1.0}), tokenizer.encode(prompt).ids, wanted, ends)
+        scores.setdefault(adapter, []).append((in_torch, on_device))
+    made_rows = []
+    for adapter, pairs in scores.items():
+        expected, found = (100 * float(np.mean([pair[i] for pair in pairs])) for i in range(2))
+        passed = abs(expected - found) <= points + 1e-9
+        made_rows.append(
+            TaskRow(adapter=adapter, metric="exact_match", reference=expected, device=found, passed=passed)
+        )
+    return tuple(made_rows)
+
+
+def _completes(
+    torch_model: SlotModel, mix: Rows, prompt: Sequence[int], wanted: Sequence[int], ends: set[int]
+) -> bool:
+    logits = golden.reference_logits(torch_model, mix, [*prompt, *wanted], len(prompt))
+    best = logits.argmax(-1).tolist()
+    return best[:-1] == list(wanted) and best[-1] in ends
+
+
+def _tolerances(settings: object) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for side, values in msgspec.to_builtins(settings).items():
+        if not isinstance(values, dict):
+            flat[side] = values
+            continue
+        for name, value in values.items():
+            if name == "effect_ratio":
+                flat[f"{side}.effect_ratio_min"], flat[f"{side}.effect_ratio_max"] = value
+            elif name == "max_abs":
+                flat[f"{side}.prefill_max_abs"] = flat[f"{side}.decode_max_abs"] = value
+            else:
+                flat[f"{side}.{name}"] = value
+    return flat
