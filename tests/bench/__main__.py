@@ -27,6 +27,7 @@ from .results import (
     LLAMA_Q4_ADAPTER,
     OURS,
     OURS_ADAPTER,
+    OURS_MIX,
     Results,
 )
 from .shapes import ADAPTERS, LATE_ADAPTER, SHAPES, Shape
@@ -63,7 +64,9 @@ def main() -> None:
     _say("writing the inputs")
     apart(write_inputs, options.shape, inputs, DOCS)
     exports = _export(inputs, options)
-    systems = _systems(inputs, options.work, list(exports.runs))
+    systems = _systems(inputs, options.work)
+    if not systems:
+        raise BenchError("nothing to measure: neither calora-export nor a peer is installed")
     _say(f"{options.rounds} rounds over {', '.join(systems)}")
     results = Results(
         environment=describe(options.threads),
@@ -112,15 +115,17 @@ def _add_adapter(inputs: Inputs, package: Path, log: Path, exports: Exports) -> 
     exports.changed_files.extend(name for name, state in before.items() if after.get(name) != state)
 
 
-def _systems(inputs: Inputs, work: Path, exported: list[str]) -> dict[str, System]:
+def _systems(inputs: Inputs, work: Path) -> dict[str, System]:
     """What can be measured here, by name."""
     systems = {}
-    if OURS in exported:
-        package = _package(work, OURS)
+    package = _package(work, OURS)
+    if package.exists():
         systems[OURS] = System("genai", package)
         systems[OURS_ADAPTER] = System("genai", package, ours.adapter_file(package, ADAPTERS[0]))
+        mix = apart(ours.write_mix, inputs.bundle, package, ADAPTERS, work / "mix.adapter")
+        systems[OURS_MIX] = System("genai", package, mix)
     for name in (BUILDER, BUILDER_ADAPTER):
-        if name in exported:
+        if _package(work, name).exists():
             systems[name] = System("genai", _package(work, name))
     if peers.has("llama_cpp") and peers.has("gguf"):
         adapter = inputs.gguf(ADAPTERS[0])
@@ -151,7 +156,9 @@ def _options() -> Options:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Compare with the peers.")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="tiny: to try the harness")
     parser.add_argument("--rounds", type=int, default=15, help="of prefill and decode")
-    parser.add_argument("--export-rounds", type=int, default=3)
+    parser.add_argument(
+        "--export-rounds", type=int, default=3, help="0: measure the packages of the last run"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     found = parser.parse_args()

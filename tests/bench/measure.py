@@ -1,6 +1,8 @@
 """Interleaved rounds over several systems: the machine's drift hits all of them and cancels in the ratios.
 
 Each system lives in a process of its own (thread pool, memory) and sleeps while another one is measured.
+A round in which something else used the processors is repeated: thread pools that spin suffer from company,
+and not all alike.
 """
 
 from __future__ import annotations
@@ -9,10 +11,13 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import psutil
 
 from .drivers import Driver, GenaiDriver, LlamaDriver
 from .process import BenchError
@@ -20,6 +25,8 @@ from .process import BenchError
 PROMPT = tuple(range(10, 138))
 STEPS = 64
 WARM_UP_STEPS = 4
+QUIET = 0.03  # the share of the processors that others may have used in a round
+TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,29 @@ class System:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """One system: per round the seconds of a prefill of `PROMPT` and the median of a token's seconds.
+class Round:
+    """Seconds of a prefill, median seconds of a token, the share of the processors that others used."""
 
-    `load_s` is the time of opening it when library and files are warm, `peak_rss` its process's in bytes.
-    """
+    prefill_s: float
+    step_s: float
+    others: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One system: `load_s` to open it when library and files are warm, `peak_rss` of its process in bytes."""
 
     load_s: float
     peak_rss: int
-    prefill_s: tuple[float, ...]
-    step_s: tuple[float, ...]
+    rounds: tuple[Round, ...]
+
+    @property
+    def prefill_s(self) -> list[float]:
+        return [one.prefill_s for one in self.rounds]
+
+    @property
+    def step_s(self) -> list[float]:
+        return [one.step_s for one in self.rounds]
 
 
 @dataclass(frozen=True)
@@ -68,22 +88,27 @@ def interleave(systems: Mapping[str, System], rounds: int, threads: int) -> dict
     workers = {name: _Worker(name, system, threads) for name, system in systems.items()}
     try:
         loads = {name: worker.ask("load")[0] for name, worker in workers.items()}
-        samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in workers}
+        samples: dict[str, list[Round]] = {name: [] for name in workers}
         for index in range(rounds):
             for name in list(workers) if index % 2 == 0 else reversed(workers):
-                samples[name].append(workers[name].ask("round"))
+                samples[name].append(quietest(partial(workers[name].ask, "round")))
         return {
-            name: Speed(
-                load_s=loads[name],
-                peak_rss=int(worker.ask("memory")[0]),
-                prefill_s=tuple(prefill for prefill, _ in samples[name]),
-                step_s=tuple(step for _, step in samples[name]),
-            )
+            name: Speed(loads[name], int(worker.ask("memory")[0]), tuple(samples[name]))
             for name, worker in workers.items()
         }
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def quietest(measure: Callable[[], tuple[float, ...]]) -> Round:
+    """The first quiet round of a few, else the quietest of them."""
+    best = Round(*measure())
+    for _ in range(TRIES - 1):
+        if best.others <= QUIET:
+            break
+        best = min(best, Round(*measure()), key=lambda one: one.others)
+    return best
 
 
 class _Worker:
@@ -136,17 +161,20 @@ def _serve(connection: Connection, system: System, threads: int) -> None:
             connection.send((float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),))
 
 
-def _round(driver: Driver) -> tuple[float, float]:
-    """Seconds of one prefill, and the median of the seconds of `STEPS` steps after it."""
+def _round(driver: Driver) -> tuple[float, ...]:
+    """One round's figures, in the order of `Round`."""
     driver.reset()
     driver.prefill(PROMPT[:WARM_UP_STEPS])  # wakes the threads
     driver.reset()
-    begin = time.perf_counter()
+    psutil.cpu_percent()  # the next call counts from here
+    own, begin = time.process_time(), time.perf_counter()
     driver.prefill(PROMPT)
     prefill = time.perf_counter() - begin
     steps = []
     for _ in range(WARM_UP_STEPS + STEPS):
-        begin = time.perf_counter()
+        before = time.perf_counter()
         driver.step()
-        steps.append(time.perf_counter() - begin)
-    return prefill, statistics.median(steps[WARM_UP_STEPS:])
+        steps.append(time.perf_counter() - before)
+    seconds = (time.perf_counter() - begin) * psutil.cpu_count()
+    others = psutil.cpu_percent() / 100 - (time.process_time() - own) / seconds
+    return prefill, statistics.median(steps[WARM_UP_STEPS:]), max(others, 0.0)

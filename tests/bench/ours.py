@@ -5,7 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from calora_export import adapters as rows
+from calora_export import bundle as bundles
+from calora_export import package as packages
+from calora_export import runtimes
 
 from .process import Run, run
 
@@ -32,6 +38,17 @@ def swap_ms(package: Path, log: Path) -> float:
 def adapter_file(package: Path, identifier: str) -> Path:
     """The adapter's file in a package."""
     return next((package / "adapters").glob(f"{identifier}.*"))
+
+
+def write_mix(bundle: Path, package: Path, identifiers: Sequence[str], path: Path) -> Path:
+    """An adapter file that mixes some of the bundle's in equal parts, as the router does on the device."""
+    manifest = packages.load(package).manifest
+    source = bundles.load(bundle)
+    parts = [(rows.load_adapter(source, identifier), 1 / len(identifiers)) for identifier in identifiers]
+    runtimes.load(manifest.target).encode_adapter(
+        rows.mix(parts), manifest.slots, manifest.base_fingerprint, path
+    )
+    return path
 
 
 def state(package: Path) -> dict[str, tuple[str, int]]:

@@ -12,7 +12,9 @@ from .results import SYSTEMS, Goal, Results, goals
 def markdown(results: Results) -> str:
     """The environment in a line, a table of systems, a table of goals."""
     environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
-    return "\n".join([environment, "", *_systems(results), "", *_goals(goals(results)), ""])
+    others = statistics.mean(one.others for speed in results.speeds.values() for one in speed.rounds)
+    company = f"Medians of rounds in which other processes used {others:.0%} of the processors."
+    return "\n".join([environment, "", company, "", *_systems(results), "", *_goals(goals(results)), ""])
 
 
 def _systems(results: Results) -> list[str]:
