@@ -86,6 +86,10 @@ _REFUSED = {
     "kasa_config": "KaSA; train plain LoRA",
     "monteclora_config": "MonteCLoRA; train plain LoRA",
 }
+_OTHER_KEYS = {
+    ".base_layer.": "a copy of the base's weight: save_pretrained it again with save_embedding_layers=False",
+    ".lora_embedding_": "LoRA on an embedding: train it on linear layers only",
+}
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -256,7 +260,8 @@ def _parse_key(name: str, tensors: TensorIndex) -> tuple[str, Literal["lora", "r
             if name.startswith(_PREFIX) and name.endswith(f".{suffix}"):
                 return name[len(_PREFIX) : -len(suffix) - 1], role
     expected = f"{_PREFIX}<site>.lora_A.weight, lora_B, lora_a1 or lora_a2"
-    raise UnsupportedError(mismatch(tensors.file_of(name), name, expected, "another key"))
+    hint = next((why for part, why in _OTHER_KEYS.items() if part in name), "")
+    raise UnsupportedError(mismatch(tensors.file_of(name), name, expected, "another key", hint))
 
 
 def _stored_branch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer
 
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
-from calora_export import devices, golden, latency, model, parity, report, routers, runtimes
+from calora_export import devices, golden, latency, measuring, model, parity, report, routers, runtimes
 from calora_export import package as packages
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
@@ -75,20 +74,6 @@ def validate(
     return _report(package, bundle, reference, job, trace, device, altered)
 
 
-def bench(package_path: Path, device: str) -> tuple[Answer, Job]:
-    """Time a package without a bundle."""
-    package = packages.load(package_path)
-    noise = np.random.default_rng(0).integers(0, package.manifest.model.vocab, latency.PROMPT)
-    timing = latency.timing(package, tuple(int(token) for token in noise))
-    routes = (tuple(range(8)),) if package.manifest.router else ()
-    job = Job(threads=threads(), timing=timing, routes=routes)
-    return devices.run(device, package, job).answer, job
-
-
-def threads() -> int:
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def _reference(package: Package, bundle: Bundle) -> Reference:
     context = package.manifest.model.context
     settings = package.manifest.settings
@@ -124,7 +109,7 @@ def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) 
             mixes.setdefault(f"route:{'+'.join(mix)}", mix)
     timing_prompt = golden.stream(bundle, latency.PROMPT)
     return Job(
-        threads=threads(),
+        threads=measuring.threads(),
         cases=tuple(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()),
         routes=tuple(tuple(reference.text.ids(text)) for text in texts) if reference.text and reference.router else (),
         completions=tuple(_completions(bundle, reference)),

@@ -75,7 +75,6 @@ def answer(package: Package, job: Job) -> Trace:
     completions = tuple(_generate(session, completion, ends) for completion in job.completions)
     safety = _check_safety(session, job.safety) if job.safety else None
     timing = _measure(session, job.timing, load, job.routes[:1]) if job.timing else None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = Answer(
         device=platform.node() or "host",
         arch=platform.machine(),
@@ -86,7 +85,7 @@ def answer(package: Package, job: Job) -> Trace:
         completions=completions,
         safety=safety,
         timing=timing,
-        peak_rss=peak,
+        peak_rss=_peak_rss(),
     )
     return Trace(facts, logits)
 
@@ -179,6 +178,15 @@ def _measure(session: Session, timing: Timing, load: float, routes: tuple[tuple[
         decode={name: tuple(samples) for name, samples in decode.items()},
         router=tuple(router[1:]),
     )
+
+
+def _peak_rss() -> int:
+    """Bytes. On Linux from /proc, because getrusage still counts the parent that forked this process."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager

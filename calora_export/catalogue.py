@@ -1,0 +1,78 @@
+"""What `list` shows; nothing here imports a back end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from calora_export import formats, profiles, recipe, targets
+
+Row = dict[str, str]
+
+
+def entries(what: str) -> list[Row]:
+    """Rows of one list, the same keys in each."""
+    return _LISTS[what]()
+
+
+def _targets() -> list[Row]:
+    known = recipe.catalogue()
+    return [
+        {"target": name, "recipes": ", ".join(key for key, value in known.items() if value.target == name)}
+        for name in targets.names()
+    ]
+
+
+def _recipes() -> list[Row]:
+    return [
+        {"recipe": name, "target": value.target, "description": value.description}
+        for name, value in recipe.catalogue().items()
+    ]
+
+
+def _devices() -> list[Row]:
+    return [
+        {"device": name, "kind": value.kind, "memory": f"{value.memory_mb} MB" if value.memory_mb else "–"}
+        for name, value in profiles.catalogue().items()
+    ]
+
+
+def _adapters() -> list[Row]:
+    return [
+        {"adapter": "lora", "formula": "scale · B(A x)", "source": "PEFT; rslora, rank and alpha patterns"},
+        {"adapter": "recovery", "formula": "scale · a2(gelu(a1 x))", "source": "CA-LoRA, arXiv 2307.07705"},
+        {"adapter": "expert", "formula": "scale · up(act(down x)), act identity or gelu", "source": "bundle.json"},
+    ]
+
+
+def _routers() -> list[Row]:
+    return [
+        {
+            "router": "classifier",
+            "forms": "mlp",
+            "selection": "top_p, top_k, threshold, all",
+            "source": "DLP-LoRA, arXiv 2410.01497",
+        }
+    ]
+
+
+def _formats() -> list[Row]:
+    return [
+        {
+            "stored as": cell.scheme,
+            "target": cell.target,
+            "recipe": cell.recipe,
+            "outcome": cell.outcome,
+            "held as": cell.held_as,
+        }
+        for cell in formats.matrix()
+    ]
+
+
+_LISTS: Mapping[str, Callable[[], list[Row]]] = {
+    "targets": _targets,
+    "recipes": _recipes,
+    "devices": _devices,
+    "adapters": _adapters,
+    "routers": _routers,
+    "formats": _formats,
+}

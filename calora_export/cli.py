@@ -1,0 +1,430 @@
+"""The command line: parses, calls the library, prints. Nothing else in this package prints or exits."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from calora_export.errors import CaloraError
+from calora_export.version import VERSION
+
+OK, WRONG_INPUT, FAILED = 0, 1, 3
+
+app = typer.Typer(
+    help="Export a trained CA-LoRA bundle to a phone: base stored once, adapters swapped, mixed and routed at run time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+imports = typer.Typer(help="Build a bundle from what trainers publish.", no_args_is_help=True)
+app.add_typer(imports, name="import")
+
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str, typer.Option("--device", help="Where to run: host.")]
+PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
+
+
+class Listable(StrEnum):
+    targets = "targets"
+    recipes = "recipes"
+    devices = "devices"
+    adapters = "adapters"
+    routers = "routers"
+    formats = "formats"
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        print(f"calora-export {VERSION}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)], json: Json = False, debug: Debug = False
+) -> None:
+    """Write the embedded demo bundle: a small base, eight adapters and a router, really trained."""
+    with reporting(debug):
+        from calora_export import demo as demo_bundle
+
+        demo_bundle.write(out_dir)
+        if json:
+            emit({"bundle": str(out_dir)})
+        else:
+            out.print(f"Wrote the demo bundle to {out_dir}. Next: calora-export inspect {out_dir}")
+
+
+@imports.command("peft")
+def import_peft(
+    base: Annotated[Path, typer.Argument(help="A Hugging Face model directory.", show_default=False)],
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT adapter directories.", show_default=False)],
+    out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="The bundle's name; its directory's name by default.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Build a bundle from a base model and PEFT LoRA adapters; an adapter's id is its directory's name."""
+    with reporting(debug):
+        from calora_export.importers import peft
+
+        peft.import_peft(base, adapters, out_dir, name)
+        if json:
+            emit({"bundle": str(out_dir), "adapters": [path.resolve().name for path in adapters]})
+        else:
+            out.print(f"Wrote {out_dir} with {len(adapters)} adapter(s).")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A bundle or a package.", show_default=False)],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a bundle or a package: sizes, hashes, compression, slots, adapters."""
+    with reporting(debug):
+        from calora_export import inspection
+
+        view = inspection.inspect(path)
+        if json:
+            emit(view)
+        elif isinstance(view, inspection.BundleView):
+            show_bundle(view)
+        else:
+            show_package(view)
+
+
+@app.command()
+def export(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.", metavar="BUNDLE", show_default=False)],
+    out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="PACKAGE", show_default=False)],
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)],
+    device: Annotated[str | None, typer.Option("--device", help="Check this device's limits first.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Lower a bundle into a package. The old package, if any, is replaced only when the new one is complete."""
+    with reporting(debug), progress() as say:
+        from calora_export import pipeline, profiles
+
+        if device is not None:
+            profiles.check(device, bundle, recipe)
+        package = pipeline.export(bundle, out_dir, recipe, say)
+        size = sum(entry.size for entry in package.manifest.files.values())
+        changed = package.manifest.represented
+        if json:
+            emit({"package": str(out_dir), "target": package.manifest.target, "bytes": size, "represented": changed})
+        else:
+            out.print(f"Wrote {out_dir}: {len(package.manifest.adapters)} adapters, {megabytes(size)} in all.")
+            if changed:
+                worst = min(changed, key=lambda entry: entry.sqnr_db)
+                out.print(
+                    f"{len(changed)} weights were quantised by the recipe, since the bundle holds them as floats "
+                    f"(worst: {worst.module}, {worst.sqnr_db} dB)."
+                )
+
+
+@app.command("add-adapter")
+def add_adapter(
+    package: PackagePath,
+    adapter: Annotated[Path, typer.Argument(help="An adapter directory.", metavar="ADAPTER", show_default=False)],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Encode one more adapter into a package; the base's files do not change."""
+    with reporting(debug):
+        from calora_export import pipeline
+
+        entry = pipeline.add_adapter(package, adapter)
+        if not entry.stated:
+            err.print(f"note: {adapter} does not say which base it was trained for; taken to be this package's.")
+        if json:
+            emit(entry)
+        else:
+            out.print(f"Added {entry.id}: {entry.sites} sites, rank {entry.rank}, {package / entry.file}")
+
+
+@app.command()
+def validate(
+    package: PackagePath,
+    bundle: Annotated[Path, typer.Option("--bundle", help="The bundle it was made from.", show_default=False)],
+    device: Device = "host",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prove it: parity, safety, routing, task accuracy and latency, into PACKAGE/report. Exit code 3 if it failed."""
+    with reporting(debug), progress() as say:
+        from calora_export import report, validation
+
+        made, series = validation.validate(package, bundle, device, say)
+        report.write(made, package / "report", series)
+    if json:
+        sys.stdout.write(made.to_json() + "\n")
+    else:
+        show_report(made, package)
+    if not made.passed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def bench(package: PackagePath, device: Device = "host", json: Json = False, debug: Debug = False) -> None:
+    """Measure latency and memory only."""
+    with reporting(debug):
+        from calora_export import latency, measuring
+
+        answer, job = measuring.bench(package, device)
+        made = latency.summarise(job, answer)
+        if json:
+            emit({"package": str(package), "device": answer.device, "arch": answer.arch, "latency": made})
+        else:
+            show_latency(made)
+
+
+@app.command()
+def run(
+    package: PackagePath,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Several are the turns of one chat.", show_default=False)],
+    adapter: Annotated[str, typer.Option("--adapter", help="auto, none, ID or ID=0.7,ID=0.3")] = "auto",
+    limit: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens per answer.")] = 128,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Try a package on this machine: the router picks adapters for each prompt, the answer streams."""
+    with reporting(debug):
+        from calora_export import generation, measuring, runtimes
+        from calora_export import package as packages
+
+        opened = packages.load(package)
+        mix = generation.parse_mix(adapter)
+        if mix is None and opened.manifest.router is None:
+            err.print("note: this package has no router; running the base. Name an adapter with --adapter.")
+            mix = {}
+        session = runtimes.load(opened.manifest.target).open_session(opened, measuring.threads())
+        chat = generation.Chat(opened, session)
+        turns = [take_turn(chat, text, mix, limit, quiet=json) for text in prompt]
+        if json:
+            emit({"package": str(package), "turns": turns})
+
+
+def take_turn(chat, prompt: str, mix, limit: int, *, quiet: bool) -> dict[str, object]:  # noqa: ANN001
+    turn = chat.start(prompt, mix)
+    chosen = ", ".join(f"{name} {gate:.2f}" for name, gate in turn.mix.items()) or "none, the base alone"
+    if not quiet:
+        err.print(f"[dim]adapters: {chosen} ({'routed' if turn.routed else 'named'}); cache {turn.cache}[/dim]")
+    pieces = []
+    for piece in chat.stream(limit):
+        pieces.append(piece)
+        if not quiet:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if not quiet:
+        sys.stdout.write("\n")
+    return {
+        "prompt": prompt,
+        "adapters": turn.mix,
+        "routed": turn.routed,
+        "prefilled_tokens": turn.prefill,
+        "cache": turn.cache,
+        "text": "".join(pieces),
+    }
+
+
+@app.command("list")
+def list_things(
+    what: Annotated[Listable, typer.Argument(show_default=False)], json: Json = False, debug: Debug = False
+) -> None:
+    """List what this tool knows: targets, recipes, devices, kinds of adapters and routers, weight formats."""
+    with reporting(debug):
+        from calora_export import catalogue
+
+        entries = catalogue.entries(what.value)
+        if json:
+            emit({what.value: entries})
+        else:
+            show_rows(entries)
+
+
+# ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def emit(document: object) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+
+
+def show_rows(entries: Sequence[dict[str, str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in entries[0] if entries else ():
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        table.add_row(*entry.values())
+    out.print(table)
+
+
+def show_bundle(view) -> None:  # noqa: ANN001
+    base = view.base
+    stored = ", ".join(f"{count} {kind}" for kind, count in base.stored.items())
+    show_rows(
+        [
+            {"bundle": "base", view.name: f"{base.architecture}, {base.parameters:,} parameters, {megabytes(base.bytes)}"},
+            {"bundle": "compression", view.name: "; ".join(base.compression) or "none"},
+            {"bundle": "weights", view.name: stored},
+            {"bundle": "fingerprint", view.name: base.fingerprint},
+        ]
+    )
+    show_adapters(view)
+
+
+def show_package(view) -> None:  # noqa: ANN001
+    model = view.model
+    size = sum(entry.size for entry in view.files.values())
+    changed = f"{len(view.represented)} weights quantised by the recipe" if view.represented else "the bundle's own weights"
+    show_rows(
+        [
+            {"package": "target", view.name: f"{view.target}, recipe {view.recipe}, {megabytes(size)}"},
+            {"package": "model", view.name: f"{model.architecture}, {model.layers} layers, {model.context} positions"},
+            {"package": "weights", view.name: changed},
+            {"package": "slots", view.name: f"{view.slots} sites, gate {view.gate}"},
+            {"package": "base", view.name: view.base_fingerprint},
+        ]
+    )
+    show_adapters(view)
+    out.print()
+    show_rows(
+        [
+            {"file": name, "size": megabytes(entry.size), "sha256": entry.sha256[:16]}
+            for name, entry in view.files.items()
+        ]
+    )
+
+
+def show_adapters(view) -> None:  # noqa: ANN001
+    out.print()
+    show_rows(
+        [
+            {
+                "adapter": entry.id,
+                "task": entry.task,
+                "branches": ", ".join(entry.branches),
+                "sites": str(entry.sites),
+                "rank": str(entry.rank),
+                "size": megabytes(entry.bytes),
+            }
+            for entry in view.adapters
+        ]
+    )
+    out.print()
+    router = view.router
+    if router is None:
+        out.print("router: none")
+    else:
+        text = f"{router.kind}, {router.classes} classes, per {router.granularity}, {router.selection}"
+        out.print(f"router: {text}, {megabytes(router.bytes)}")
+
+
+def show_report(made, package: Path) -> None:  # noqa: ANN001
+    show_rows(
+        [
+            {
+                "case": row.case,
+                "against": row.against,
+                "max abs": number(max(row.prefill_max_abs or 0, row.decode_max_abs or 0)),
+                "KL": number(row.kl_max),
+                "top-1": number(row.top1_agreement),
+                "SQNR dB": number(row.sqnr_db),
+                "effect": number(row.effect_ratio),
+                "": "ok" if row.passed else "FAILED",
+            }
+            for row in made.parity
+        ]
+    )
+    out.print()
+    if made.tasks:
+        show_rows(
+            [
+                {
+                    "task": row.adapter,
+                    "metric": row.metric,
+                    "reference": number(row.reference),
+                    "device": number(row.device),
+                    "": "ok" if row.passed else "FAILED",
+                }
+                for row in made.tasks
+            ]
+        )
+        out.print()
+    safety = {name: "yes" if getattr(made.safety, name) else "NO" for name in made.safety.__struct_fields__}
+    out.print("  ".join(f"{name} {value}" for name, value in safety.items()))
+    if made.router is not None:
+        equal = "all equal" if made.router.decisions_equal else "NOT equal"
+        out.print(f"router: {made.router.cases} decisions {equal}, accuracy {number(made.router.accuracy)}")
+    show_latency(made.latency)
+    for problem in made.problems:
+        out.print(f"[red]✗[/red] {problem}", highlight=False)
+    verdict = "[green]PASSED[/green]" if made.passed else "[red]FAILED[/red]"
+    out.print(f"{verdict} {made.package} on {made.device.name}. Report: {package / 'report' / 'report.html'}")
+
+
+def show_latency(made) -> None:  # noqa: ANN001
+    out.print(
+        f"load {number(made.load_ms)} ms  swap p50 {number(made.swap_ms.p50)} ms  prefill {number(made.prefill_tok_s)} tok/s  "
+        f"decode {number(made.decode_tok_s)} tok/s  adapter tax {number(made.adapter_tax)}  mix of 2 {number(made.mix2_tax)}  "
+        f"router {number(made.router_ms)} ms  peak {number(made.peak_rss_mb)} MB  ({made.threads} threads)",
+        highlight=False,
+    )
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} B"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator:
+    """A spinner with the stage's name on a terminal, silence in a pipe."""
+    if not err.is_terminal:
+        yield lambda stage: None
+        return
+    with err.status("starting") as status:
+        yield lambda stage: status.update(stage)
+
+
+@contextlib.contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """A user's mistake is one line on stderr and exit code 1."""
+    try:
+        yield
+    except CaloraError as error:
+        if debug:
+            traceback.print_exc()
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was changed")
+    except ModuleNotFoundError as error:
+        if debug:
+            traceback.print_exc()
+        fail(f"{error.name} is not installed: pip install 'calora-export[all]'")
+
+
+def fail(line: str) -> NoReturn:
+    err.print(f"error: {line}", markup=False)
+    raise typer.Exit(WRONG_INPUT)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,156 @@
+"""What is in a bundle or a package, as values that the command line prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+from msgspec import Struct
+
+from calora_export import bundle as bundles
+from calora_export import manifest, strict_json
+from calora_export import package as packages
+from calora_export.bundle import BaseConfig
+from calora_export.compression import weight_format
+from calora_export.errors import PackageError, mismatch
+
+
+class BaseView(Struct, frozen=True):
+    architecture: str
+    parameters: int
+    bytes: int
+    fingerprint: str
+    compression: list[str]
+    stored: dict[str, int]
+
+
+class AdapterView(Struct, frozen=True):
+    id: str
+    task: str
+    class_index: int
+    branches: list[str]
+    sites: int
+    rank: int
+    bytes: int
+
+
+class RouterView(Struct, frozen=True):
+    kind: str
+    granularity: str
+    classes: int
+    selection: str
+    bytes: int
+
+
+class BundleView(Struct, frozen=True, tag_field="kind", tag="bundle"):
+    path: str
+    name: str
+    base: BaseView
+    adapters: list[AdapterView]
+    router: RouterView | None
+    tasks: int
+
+
+class PackageView(Struct, frozen=True, tag_field="kind", tag="package"):
+    path: str
+    name: str
+    target: str
+    recipe: str
+    base_fingerprint: str
+    model: packages.ModelInfo
+    represented: list[packages.Represented]
+    slots: int
+    gate: str
+    adapters: list[AdapterView]
+    router: RouterView | None
+    files: dict[str, packages.FileEntry]
+    versions: dict[str, str]
+
+
+def inspect(path: Path) -> BundleView | PackageView:
+    """Look at a bundle or a package; only headers of large files are read."""
+    if (path / manifest.FILE).is_file():
+        return _bundle(path)
+    if (path / packages.FILE).is_file():
+        return _package(path)
+    found = "a directory without them" if path.is_dir() else "a file" if path.exists() else "nothing"
+    raise PackageError(mismatch(path, "content", f"a directory with {manifest.FILE} or {packages.FILE}", found))
+
+
+def _bundle(path: Path) -> BundleView:
+    bundle = bundles.load(path)
+    config = strict_json.read(path / "base" / "config.json", BaseConfig, "base/config.json")
+    formats = {name: weight_format(bundle.base, name) for name in bundle.linears}
+    packed = {f"{name}.weight_{part}" for name, kept in formats.items() if kept.bits for part in ("packed", "scale", "shape")}
+    other = sum(prod(bundle.base.info(name).shape) for name in bundle.base.names() if name not in packed)
+    linear = sum(prod(kept.shape) for kept in formats.values() if kept.bits)
+    steps = [
+        " ".join(filter(None, [step.scheme, step.pattern or "", f"group {step.group_size}" if step.group_size else ""]))
+        for step in bundle.manifest.base.compression
+    ]
+    stored = Counter(f"int{kept.bits}" if kept.bits else "dense" for kept in formats.values())
+    base = BaseView(
+        config.model_type, linear + other, bundle.base.nbytes, bundle.manifest.base.fingerprint, steps, dict(stored)
+    )
+    spec = bundle.manifest.router
+    return BundleView(
+        str(path),
+        bundle.manifest.name,
+        base,
+        [_adapter(bundle, adapter) for adapter in bundle.manifest.adapters],
+        _router(spec, _size(path / "router")) if spec else None,
+        len(bundle.manifest.tasks),
+    )
+
+
+def _adapter(bundle: bundles.Bundle, adapter: manifest.AdapterSpec) -> AdapterView:
+    branches = [f"{branch.role} r{branch.r} {branch.act}" for branch in adapter.branches]
+    sites = {s for branch in adapter.branches for s in bundles.expand_sites(branch.sites, bundle.adaptable)}
+    kinds = {act: max((b.r for b in adapter.branches if b.act == act), default=0) for act in ("identity", "gelu")}
+    size = _size(bundle.adapter_dir(adapter.id))
+    return AdapterView(adapter.id, adapter.task, adapter.class_index, branches, len(sites), sum(kinds.values()), size)
+
+
+def _package(path: Path) -> PackageView:
+    package = packages.load(path)
+    made = package.manifest
+    adapters = [
+        AdapterView(
+            entry.id,
+            entry.task,
+            entry.class_index,
+            [f"{entry.rank - entry.recovery_rows} identity rows", f"{entry.recovery_rows} gelu rows"],
+            entry.sites,
+            entry.rank,
+            made.files[entry.file].size,
+        )
+        for entry in made.adapters
+    ]
+    router = _router(made.router.spec, made.files[made.router.file].size) if made.router else None
+    return PackageView(
+        str(path),
+        made.name,
+        made.target,
+        made.recipe,
+        made.base_fingerprint,
+        made.model,
+        list(made.represented),
+        len(made.slots.tensors),
+        made.slots.gate,
+        adapters,
+        router,
+        made.files,
+        made.versions,
+    )
+
+
+def _router(spec: manifest.RouterSpec, size: int) -> RouterView:
+    chosen = spec.selection
+    parameter = {"top_p": f" p={chosen.p}", "top_k": f" k={chosen.k}", "threshold": f" {chosen.threshold}", "all": ""}
+    selection = f"{chosen.select}{parameter[chosen.select]}, weights {chosen.weights}"
+    return RouterView(spec.kind, spec.granularity, len(spec.classes), selection, size)
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
