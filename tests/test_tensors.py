@@ -130,6 +130,7 @@ OVERLAP = {"x": _tensor(), "y": _tensor(start=4, end=12)}
         (_header({"x": _tensor(shape=[-2])}, 8), ("x: expected dtype, shape and data_offsets",)),
         (_header({"x": _tensor(shape=[3])}, 8), ("x data_offsets: expected 12 bytes for F32 [3], found 8",)),
         (_header({"x": _tensor(start=8, end=16)}, 16), ("x data_offsets: expected start 0, found 8",)),
+        (_header({"x\n": _tensor()}, 8), ("header: expected printable tensor names, found 'x\\n'",)),
         (_header(OVERLAP, 12), ("y data_offsets: expected start 8, found 4",)),
         (_header({"x": _tensor()}, 9), ("file size: expected ", "bytes that belong to no tensor")),
     ],
