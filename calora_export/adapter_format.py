@@ -192,7 +192,8 @@ def stored_branches(tensors: TensorIndex, config: PeftConfig) -> tuple[SiteBranc
     lora_a1 / lora_a2 make a GELU recovery branch: its rank is lora_a1's, its scale that of the site's LoRA.
     """
     found: set[tuple[str, Literal["lora", "recovery"]]] = set()
-    for name in tensors.names():
+    # The copied weight of an embedding comes last: the embedding's LoRA is the better reason to refuse.
+    for name in sorted(tensors.names(), key=lambda name: ".base_layer." in name):
         found.add(_parse_key(name, tensors))
     branches = [_stored_branch(site, role, tensors, config) for site, role in found]
     return tuple(sorted(branches, key=lambda branch: (natural_key(branch.site), branch.role)))
