@@ -1,6 +1,6 @@
 """Run the benchmark and print its tables: `python -m tests.bench`. Ten minutes on two quiet cores.
 
-Everything goes to build/bench/: results.json with all samples, table.md; inputs, packages and logs per shape.
+Everything goes to build/bench/: results.json, a page for docs/; inputs, packages and logs per shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .results import (
     Results,
 )
 from .shapes import ADAPTERS, LATE_ADAPTER, SHAPES, Shape
-from .table import markdown
+from .table import markdown, page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -69,7 +69,7 @@ def main() -> None:
         raise BenchError("nothing to measure: neither calora-export nor a peer is installed")
     _say(f"{options.rounds} rounds over {', '.join(systems)}")
     results = Results(
-        environment=describe(options.threads),
+        environment=describe(options.work.name, options.threads),
         fp32_bytes=4 * options.shape.parameters(),
         speeds=interleave(systems, options.rounds, options.threads),
         exports=exports.runs,
@@ -79,7 +79,7 @@ def main() -> None:
     )
     table = markdown(results)
     (options.out / "results.json").write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    (options.out / "table.md").write_text(table, encoding="utf-8")
+    (options.out / "benchmarks.md").write_text(page(results), encoding="utf-8")
     print(table)
 
 

@@ -12,9 +12,9 @@ from calora_export.version import VERSION
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
 
 
-def describe(threads: int) -> dict[str, str]:
+def describe(shape: str, threads: int) -> dict[str, str]:
     """Name to value, in the order of the table's first line; packages that are not installed are left out."""
-    facts = {"CPU": _processor(), "cores": str(os.cpu_count()), "threads": str(threads)}
+    facts = {"shape": shape, "CPU": _processor(), "cores": str(os.cpu_count()), "threads": str(threads)}
     facts |= {"Python": platform.python_version(), "calora-export": VERSION}
     for package in PACKAGES:
         try:

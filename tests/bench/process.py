@@ -21,9 +21,10 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished command cost: wall time in seconds, the largest resident set in bytes."""
+    """What a finished command cost: seconds on the wall, on all processors, bytes of its largest process."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
 
 
@@ -44,7 +45,7 @@ def run(command: Sequence[str | Path], log: Path) -> Run:
     if process.returncode != 0:
         last = (errors.read_text(errors="replace").strip().splitlines() or ["nothing on stderr"])[-1]
         raise BenchError(f"{log.stem} ended with {process.returncode}: {last} ({errors})")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def apart(function: Callable[..., Result], *arguments: object) -> Result:

@@ -8,6 +8,30 @@ from collections.abc import Sequence
 from .measure import PROMPT, Spread
 from .results import SYSTEMS, Goal, Results, goals
 
+PAGE = """# Benchmarks
+
+`make bench` builds a model of SmolLM2-135M's shape (random weights, int4 in groups of 32, LoRA of rank 16 on all
+seven linears of 30 layers) in the form that each system reads, and measures all systems side by side. This page
+is what it printed.
+
+- **ours** is one package, whose adapters can be swapped, through `onnxruntime-genai`. The mix is of two adapters.
+- **builder** is `onnxruntime_genai.models.builder` through the same driver, with its LM head pruned to the last
+  token as ours is. It bakes an adapter in, as int4, for good.
+- **llama.cpp** has Q4_0 linears and fp16 adapters that can be swapped. Its quantiser holds an embedding of this
+  width as Q8_0; the rows with a Q4_0 embedding read as few bytes as the others.
+
+A round is a prefill of 128 tokens and 64 tokens after it, one system after the other; a system's token is the
+median of its 64. The first table has medians over the rounds. A goal is a ratio within a round, so that the
+machine's drift cancels; the median decides. Models are loaded from warm files, a swap is between adapters that are
+loaded, and the last column is the peak of the process that decodes.
+
+"""
+
+
+def page(results: Results) -> str:
+    """A page for the documentation: what was measured, and the tables."""
+    return PAGE + markdown(results)
+
 
 def markdown(results: Results) -> str:
     """The environment in a line, a table of systems, a table of goals."""
@@ -18,7 +42,7 @@ def markdown(results: Results) -> str:
 
 
 def _systems(results: Results) -> list[str]:
-    costs = ("export s", "export peak MB", "load ms")
+    costs = ("export s", "export CPU s", "export peak MB", "load ms")
     speeds = ("prefill tok/s", "decode tok/s", "adapter tax", "swap ms", "peak MB")
     return _table(("system", *costs, *speeds), [(name, *_system(results, name)) for name in SYSTEMS])
 
@@ -26,9 +50,10 @@ def _systems(results: Results) -> list[str]:
 def _system(results: Results, name: str) -> Sequence[str]:
     speed, runs, tax = results.speeds.get(name), results.exports.get(name), results.tax(name)
     if speed is None:
-        return ("not installed", *[""] * 7)
+        return ("not installed", *[""] * 8)
     return (
         f"{statistics.median(run.seconds for run in runs):.1f}" if runs else "–",
+        f"{statistics.median(run.cpu_seconds for run in runs):.1f}" if runs else "–",
         f"{statistics.median(run.peak_rss for run in runs) / 1e6:.0f}" if runs else "–",
         f"{speed.load_s * 1e3:.0f}",
         f"{len(PROMPT) / statistics.median(speed.prefill_s):.0f}",

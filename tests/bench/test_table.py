@@ -9,7 +9,7 @@ import pytest
 from .measure import Round, Speed, Spread, quietest, ratio
 from .process import Run
 from .results import BUILDER, BUILDER_ADAPTER, LLAMA_ADAPTER, OURS, OURS_ADAPTER, OURS_MIX, Results, goals
-from .table import markdown
+from .table import markdown, page
 
 
 def _speed(*step_ms: float, prefill_ms: float = 100.0) -> Speed:
@@ -29,9 +29,9 @@ RESULTS = Results(
         BUILDER_ADAPTER: _speed(18, 72, 72),
         LLAMA_ADAPTER: _speed(12, 48, 48),
     },
-    exports={OURS: [Run(20.0, 1_000_000_000)] * 2, BUILDER: [Run(16.0, 1), Run(5.0, 1)]},
+    exports={OURS: [Run(20.0, 30.0, 1_000_000_000)] * 2, BUILDER: [Run(16.0, 1, 1), Run(5.0, 1, 1)]},
     swap_ms={OURS_ADAPTER: 0.25},
-    add_adapter=[Run(2.5, 1)],
+    add_adapter=[Run(2.5, 1, 1)],
     changed_files=["model.onnx.data"],
 )
 
@@ -59,7 +59,7 @@ def test_a_missing_peer_is_said_and_never_reached() -> None:
     assert {goal.verdict for goal in goals(alone)} == {"not measured"}
     table = markdown(alone)
     assert "| llama.cpp + adapter | not installed |" in table
-    assert "| ours | – | – | 200 | 1024 | 25.0 | – | – | 300 |" in table
+    assert "| ours | – | – | – | 200 | 1024 | 25.0 | – | – | 300 |" in table
 
 
 def test_rounds_are_compared_pairwise() -> None:
@@ -72,6 +72,11 @@ def test_a_disturbed_round_is_repeated() -> None:
     busy = [(1.0, 1.0, 0.5), (2.0, 2.0, 0.4), (3.0, 3.0, 0.01), (4.0, 4.0, 0.0)]
     assert quietest(iter(busy).__next__) == Round(3.0, 3.0, 0.01)
     assert quietest(lambda: (1.0, 1.0, 0.5)).others == 0.5  # it gives up
+
+
+def test_the_page_ends_with_the_tables() -> None:
+    assert page(RESULTS).startswith("# Benchmarks\n")
+    assert page(RESULTS).endswith(markdown(RESULTS))
 
 
 def test_every_row_of_the_table_has_all_cells() -> None:
