@@ -10,20 +10,21 @@ from .results import SYSTEMS, Goal, Results, goals
 
 PAGE = """# Benchmarks
 
-`make bench` builds a model of SmolLM2-135M's shape (random weights, int4 in groups of 32, LoRA of rank 16 on all
-seven linears of 30 layers) in the form that each system reads, and measures all systems side by side. This page
-is what it printed.
+`make bench` builds a model of SmolLM2-135M's shape (random weights, int4 in groups of 32, LoRA of rank 16
+on all seven linears of 30 layers) in the form that each system reads, and measures all systems side by
+side. This page is what it printed.
 
-- **ours** is one package, whose adapters can be swapped, through `onnxruntime-genai`. The mix is of two adapters.
-- **builder** is `onnxruntime_genai.models.builder` through the same driver, with its LM head pruned to the last
-  token as ours is. It bakes an adapter in, as int4, for good.
-- **llama.cpp** has Q4_0 linears and fp16 adapters that can be swapped. Its quantiser holds an embedding of this
-  width as Q8_0; the rows with a Q4_0 embedding read as few bytes as the others.
+- **ours** is one package, whose adapters can be swapped, through `onnxruntime-genai`. The mix is of two
+  adapters.
+- **builder** is `onnxruntime_genai.models.builder` through the same driver, with its LM head pruned to
+  the last token as ours is. It bakes an adapter in, as int4, for good.
+- **llama.cpp** has Q4_0 linears and fp16 adapters that can be swapped. Its quantiser holds an embedding
+  of this width as Q8_0; the rows with a Q4_0 embedding read as few bytes as the others.
 
-A round is a prefill of 128 tokens and 64 tokens after it, one system after the other; a system's token is the
-median of its 64. The first table has medians over the rounds. A goal is a ratio within a round, so that the
-machine's drift cancels; the median decides. Models are loaded from warm files, a swap is between adapters that are
-loaded, and the last column is the peak of the process that decodes.
+A round is a prefill of 128 tokens and 64 tokens after it, one system after the other; a system's token is
+the median of its 64. The first table has medians over the rounds. A goal is a ratio within a round, so
+that the machine's drift cancels; the median decides. Models are loaded from warm files, a swap is between
+adapters that are loaded, and the last column is the peak of the process that decodes.
 
 """
 
