@@ -26,7 +26,7 @@ FILE = "package.json"
 class SlotTensor(Struct, frozen=True, forbid_unknown_fields=True):
     """Where one site's rows go.
 
-    The tensor `down` [inputs, parts · R] holds the columns of `parts` sites that share an input, this site's at
+    The tensor `down` [parts · R, inputs] holds the rows of `parts` sites that share an input, this site's at
     [part · R, (part + 1) · R); the tensor `up` is [R, outputs].
     """
 

@@ -239,3 +239,20 @@ def test_loading_needs_no_torch(valid: Path) -> None:
         "assert not {'torch', 'transformers', 'tokenizers', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(valid)], check=True)
+
+
+def test_loading_a_large_base_is_quick_and_small(copy: Path) -> None:
+    size = 500 << 20
+    header = json.dumps({"big": {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (copy / "base/big.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # sparse: no disk is written
+    script = (
+        "import resource, sys, time; from pathlib import Path; from calora_export import bundle\n"
+        "start = time.process_time(); bundle.load(Path(sys.argv[1]))\n"
+        "print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    command = [sys.executable, "-c", script, str(copy)]
+    seconds, megabytes = map(float, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    assert seconds < 0.5
+    assert megabytes < 150

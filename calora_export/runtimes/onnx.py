@@ -36,16 +36,16 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
 
 
 def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
-    """Tensor name → array: sites that share an input side by side, matrices transposed to [in, R] and [R, out]."""
+    """Tensor name → array: sites that share an input side by side, one below the other; `up` transposed to [R, out]."""
     dtype, rank = DTYPES[slots.dtype], adapter.rank
     arrays: dict[str, np.ndarray] = {}
     for tensor in slots.tensors:
         if tensor.down not in arrays:
-            arrays[tensor.down] = np.zeros((tensor.inputs, tensor.parts * rank), dtype)
+            arrays[tensor.down] = np.zeros((tensor.parts * rank, tensor.inputs), dtype)
         arrays[tensor.up] = np.zeros((rank, tensor.outputs), dtype)
         rows = adapter.sites.get(tensor.site)
         if rows is not None:
-            arrays[tensor.down][:, tensor.part * rank : (tensor.part + 1) * rank] = rows.down.T
+            arrays[tensor.down][tensor.part * rank : (tensor.part + 1) * rank] = rows.down
             arrays[tensor.up][:] = rows.up.T
     if slots.recovery is not None:
         arrays[slots.recovery] = adapter.recovery.astype(np.float32)
@@ -91,9 +91,9 @@ def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) ->
         blended[tensor.up] = np.concatenate([arrays[tensor.up] * np.float32(gate) for arrays, gate in parts])
         blended[tensor.up] = blended[tensor.up].astype(DTYPES[slots.dtype], copy=False)
         if tensor.down not in blended:
-            shape = (tensor.inputs, tensor.parts, -1)
+            shape = (tensor.parts, -1, tensor.inputs)
             downs = [arrays[tensor.down].reshape(shape) for arrays, _ in parts]
-            blended[tensor.down] = np.concatenate(downs, axis=2).reshape(tensor.inputs, -1)
+            blended[tensor.down] = np.concatenate(downs, axis=1).reshape(-1, tensor.inputs)
     if slots.recovery is not None:
         blended[slots.recovery] = np.concatenate([arrays[slots.recovery] for arrays, _ in parts])
     return blended

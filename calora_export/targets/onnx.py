@@ -223,7 +223,8 @@ class _Lowering:
             if node in live:
                 self._lower(node)
         logits, *present = self.result
-        outputs = [self._named(self.value(logits), "logits", ["batch_size", "logits_length", self.graph.shape.vocab])]
+        positions = 1 if self.graph.last_only else "sequence_length"
+        outputs = [self._named(self.value(logits), "logits", ["batch_size", positions, self.graph.shape.vocab])]
         for i, node in enumerate(present):
             name = f"present.{i // 2}.{('key', 'value')[i % 2]}"
             outputs.append(self._named(self.value(node), name, self._cache_shape("total_sequence_length")))
@@ -466,7 +467,8 @@ class _Lowering:
         count, features = len(sites), int(downs[0].meta["val"].shape[1])
         prefix = "+".join([sites[0], *(site.split(".")[-1] for site in sites[1:])])
         rank = "rank" if count == 1 else f"rank_{count}"
-        rows = self.emit("MatMul", x, self._adapter_input(f"{prefix}.down", [features, rank]))
+        down = self._adapter_input(f"{prefix}.down", [rank, features])
+        rows = self.emit("FusedMatMul", x, down, domain=CONTRIB, transB=1)
         if self.graph.recovery:
             curved = self.emit("Gelu", rows, domain="")
             rows = self.emit("Where", self._recovery_rows(count), curved, rows)
