@@ -24,7 +24,6 @@ demo: .venv/ready
 	$(CLI) run $(DEMO)/package --prompt "What are the initials of LUNAR VENUS?"
 	$(CLI) run $(DEMO)/package --prompt "Write seven hundred twenty in digits."
 	$(CLI) validate $(DEMO)/package --bundle $(DEMO)/bundle --device host
-	@echo "Report:"; ls $(DEMO)/package/report/*
 
 test: .venv-test/ready
 	.venv-test/bin/ruff check
