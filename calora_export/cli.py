@@ -167,9 +167,9 @@ def validate(
 ) -> None:
     """Prove it: parity, safety, routing, task accuracy and latency, into PACKAGE/report. Exit code 3 if it failed."""
     with reporting(debug), progress() as say:
-        from calora_export import report, validation
+        from calora_export import pipeline, report
 
-        made, series = validation.validate(package, bundle, device, say)
+        made, series = pipeline.validate(package, bundle, device, say)
         report.write(made, package / "report", series)
     if json:
         sys.stdout.write(made.to_json() + "\n")

@@ -13,16 +13,17 @@ import numpy as np
 
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
+from calora_export import devices, runtimes, targets
 from calora_export import package as packages
 from calora_export import recipe as recipes
-from calora_export import runtimes, targets
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
 from calora_export.compression import DenseWeight, PackedWeight, read_weight
-from calora_export.errors import BundleError, PackageError, mismatch
+from calora_export.errors import BundleError, FingerprintError, PackageError, mismatch
 from calora_export.manifest import check_id
 from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, Represented, RouterEntry, Slots
 from calora_export.recipe import Recipe
+from calora_export.report import Report, Series
 from calora_export.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime")
@@ -152,6 +153,22 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
         package.path, msgspec.structs.replace(manifest, adapters=(*manifest.adapters, entry), files=files)
     )
     return entry
+
+
+def validate(
+    package_path: Path, bundle_path: Path, device: str, progress: Progress = lambda stage: None
+) -> tuple[Report, Series]:
+    """Compare a package on a device with its bundle in torch; bad input is refused before the slow part."""
+    package = packages.load(package_path)
+    devices.require(device)
+    bundle = bundles.load(bundle_path, deep=True)
+    expected, found = package.manifest.base_fingerprint, bundle.manifest.base.fingerprint
+    if expected != found:
+        hint = "another bundle's package"
+        raise FingerprintError(mismatch(bundle_path, "base.fingerprint", expected, found, hint))
+    from calora_export import validation  # torch and transformers take seconds to import
+
+    return validation.validate(package, bundle, device, progress)
 
 
 def _encode(

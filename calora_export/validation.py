@@ -13,13 +13,10 @@ import torch
 from tokenizers import Tokenizer
 
 from calora_export import adapters as rows
-from calora_export import bundle as bundles
 from calora_export import devices, golden, latency, measuring, model, parity, report, routers, runtimes
-from calora_export import package as packages
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
 from calora_export.compression import read_weight
-from calora_export.errors import FingerprintError, mismatch
 from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
@@ -51,17 +48,8 @@ class Reference:
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
-def validate(
-    package_path: Path, bundle_path: Path, device: str, progress: Progress = lambda stage: None
-) -> tuple[Report, Series]:
+def validate(package: Package, bundle: Bundle, device: str, progress: Progress) -> tuple[Report, Series]:
     """Parity, safety, router, tasks and latency of a package on a device. Nothing is written."""
-    package = packages.load(package_path)
-    bundle = bundles.load(bundle_path, deep=True)
-    if bundle.manifest.base.fingerprint != package.manifest.base_fingerprint:
-        found = bundle.manifest.base.fingerprint
-        raise FingerprintError(
-            mismatch(bundle_path, "base.fingerprint", package.manifest.base_fingerprint, found, "another bundle's package")
-        )
     progress("checking files")
     altered = package.altered()
     progress("building the references")

@@ -26,10 +26,15 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
+def require(device: str) -> None:
+    """DeviceError unless there is a transport for `kind` or `kind:address`."""
+    if device.partition(":")[0] not in names():
+        raise DeviceError(mismatch("--device", device, f"one of {', '.join(names())}", "none of them"))
+
+
 def run(device: str, package: Package, job: Job) -> Trace:
     """Run a job on `kind` or `kind:address`."""
+    require(device)
     kind, _, address = device.partition(":")
-    if kind not in names():
-        raise DeviceError(mismatch("--device", device, f"one of {', '.join(names())}", "none of them"))
     transport: Device = importlib.import_module(f"{__name__}.{kind}")  # type: ignore[assignment]
     return transport.run(address, package, job)
