@@ -95,11 +95,13 @@ def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) 
             gates = _gates(reference.router, reference.text.ids(text))
             mix = {name: float(gate) for name, gate in zip(_classes(bundle), gates, strict=True) if gate > 0}
             mixes.setdefault(f"route:{'+'.join(mix)}", mix)
+    entry = package.manifest.router
+    asked = RouterText(entry.spec, package.path / entry.tokenizer) if entry and reference.router else None
     timing_prompt = golden.stream(bundle, latency.PROMPT)
     return Job(
         threads=measuring.threads(),
         cases=tuple(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()),
-        routes=tuple(tuple(reference.text.ids(text)) for text in texts) if reference.text and reference.router else (),
+        routes=tuple(tuple(asked.ids(text)) for text in texts) if asked else (),
         completions=tuple(_completions(bundle, reference)),
         safety=_safety(package, reference, ids, scratch),
         timing=latency.timing(package, timing_prompt),
@@ -175,7 +177,7 @@ def _report(
         problems += [f"{row.case} against {row.against}: {line}" for line in parity.failures(numbers, limit)]
     safety, lines = _judge_safety(answer)
     problems += lines
-    router = _judge_router(bundle, reference, job, trace)
+    router = _judge_router(package, bundle, reference, trace)
     if router is not None and not router.decisions_equal:
         problems.append("router: the device chose other adapters than the reference")
     if router is not None and not (router.gates_max_abs or 0.0) <= settings.gates_max_abs:
@@ -257,20 +259,24 @@ def _judge_safety(answer: Answer) -> tuple[report.Safety, list[str]]:
     return made, problems
 
 
-def _judge_router(bundle: Bundle, reference: Reference, job: Job, trace: Trace) -> RouterRow | None:
-    if reference.router is None or not job.routes:
+def _judge_router(package: Package, bundle: Bundle, reference: Reference, trace: Trace) -> RouterRow | None:
+    """Gates by adapter: the package's own template, tokenizer and order of classes must lead to the bundle's choice."""
+    entry = package.manifest.router
+    if reference.router is None or reference.text is None or entry is None:
         return None
-    expected = np.stack([_gates(reference.router, ids) for ids in job.routes])
+    texts = _router_texts(bundle)
+    expected = np.stack([_gates(reference.router, reference.text.ids(text)) for text in texts])
     found = np.array(trace.answer.gates, np.float32)
-    if found.shape != expected.shape:
-        return RouterRow(cases=len(job.routes), decisions_equal=False, gates_max_abs=None, accuracy=None)
+    if found.shape != expected.shape or set(entry.spec.classes) != set(_classes(bundle)):
+        return RouterRow(cases=len(texts), decisions_equal=False, gates_max_abs=None, accuracy=None)
+    found = found[:, [entry.spec.classes.index(name) for name in _classes(bundle)]]
     same_top = expected.argmax(1) == found.argmax(1)
     owners = {prompt: adapter for adapter, pairs in golden.examples(bundle).items() for prompt, _ in pairs}
-    truth = [owners.get(text) for text in _router_texts(bundle)]
+    truth = [owners.get(text) for text in texts]
     classes = _classes(bundle)
     right = [classes[row.argmax()] == owner for row, owner in zip(found, truth, strict=True) if owner is not None]
     return RouterRow(
-        cases=len(job.routes),
+        cases=len(texts),
         decisions_equal=bool(np.array_equal(expected > 0, found > 0) and same_top.all()),
         gates_max_abs=parity.max_abs(expected, found),
         accuracy=float(np.mean(right)) if right else None,
