@@ -25,9 +25,9 @@ demo: .venv/ready
 	$(CLI) run $(DEMO)/package --prompt "Write seven hundred twenty in digits."
 	$(CLI) validate $(DEMO)/package --bundle $(DEMO)/bundle --device host
 
+# Both always run: a long line does not hide what the tests say.
 test: .venv-test/ready
-	.venv-test/bin/ruff check
-	.venv-test/bin/python -m pytest -q
+	.venv-test/bin/ruff check --output-format concise; lint=$$?; .venv-test/bin/python -m pytest -q && exit $$lint
 
 heavy: .venv-test/ready
 	.venv-test/bin/python -m pytest -q -m heavy
