@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 
 from calora_export.adapters import Adapter
@@ -56,4 +56,5 @@ def write(model: SlotModel, adapters: Sequence[Adapter], bundle: Bundle, directo
     prefill = len(ids) - DECODE
     cases: Mapping[str, Rows] = {"base": Rows.none(), **{f"adapter:{a.id}": Rows.of(a) for a in adapters}}
     tensors = {name: reference_logits(model, rows, ids, prefill).copy() for name, rows in cases.items()}
-    save_file({"ids": np.array(ids, np.int64), **tensors}, directory / FILE, metadata={"prefill": str(prefill)})
+    data = save({"ids": np.array(ids, np.int64), **tensors}, metadata={"prefill": str(prefill)})
+    (directory / FILE).write_bytes(data)  # save_file raises its own error on a full disk, not OSError

@@ -13,7 +13,7 @@ import numpy as np
 
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
-from calora_export import devices, runtimes, targets
+from calora_export import devices, runtimes, strict_json, targets
 from calora_export import package as packages
 from calora_export import recipe as recipes
 from calora_export.adapters import Adapter
@@ -40,6 +40,7 @@ def export(bundle_path: Path, out: Path, recipe_name: str, progress: Progress = 
     progress("reading the bundle")
     bundle = bundles.load(bundle_path, deep=True)
     loaded = [rows.load_adapter(bundle, spec.id) for spec in bundle.manifest.adapters]
+    _special_tokens(bundle)
     with packages.written(out, packages.FILE) as directory:
         _export(bundle, loaded, directory, recipe, Path(recipe_name).stem, progress)
     return packages.load(out)
@@ -212,7 +213,7 @@ def _special_tokens(bundle: Bundle) -> tuple[int | None, tuple[int, ...]]:
     """bos and eos ids: generation_config.json has the last word, as in transformers."""
     base = bundle.path / "base"
     found: Mapping[str, _Generation] = {
-        name: msgspec.json.decode((base / name).read_bytes(), type=_Generation)
+        name: strict_json.read(base / name, _Generation, f"base/{name}")
         for name in ("generation_config.json", "config.json")
         if (base / name).is_file()
     }

@@ -32,7 +32,11 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
     file.set_adapter_version(VERSION)
     file.set_model_version(VERSION)
     file.set_parameters(values)
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError as error:  # ONNX Runtime does not say why the system refused
+        hint = "is the disk full or read-only?"
+        raise PackageError(f"adapters/{adapter.id}{suffix()}: cannot be written ({hint})") from error
 
 
 def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
