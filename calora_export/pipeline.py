@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from calora_export import adapter_format, devices, runtimes, strict_json, targets
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
-from calora_export import devices, runtimes, strict_json, targets
 from calora_export import package as packages
 from calora_export import recipe as recipes
 from calora_export.adapters import Adapter
@@ -24,6 +24,7 @@ from calora_export.manifest import check_id
 from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, Represented, RouterEntry, Slots
 from calora_export.recipe import Recipe
 from calora_export.report import Report, Series
+from calora_export.sites import natural_key
 from calora_export.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime")
@@ -134,26 +135,37 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
     """Encode one more adapter into a package. Only its own file and package.json are written."""
     package = packages.load(package_path)
     manifest = package.manifest
+    _require_slots(adapter_path, manifest.slots)
     adapter = rows.load_adapter_dir(adapter_path, manifest.slots.linears())
     check_id(adapter.id, str(adapter_path), "id")
     if adapter.id in {entry.id for entry in manifest.adapters}:
         raise PackageError(mismatch(packages.FILE, "adapters", "an id of its own", f"{adapter.id} again"))
     if adapter.fingerprint is not None:
         package.require_fingerprint(str(adapter_path), adapter.fingerprint)
-    unknown = sorted(set(adapter.sites) - set(manifest.slots.linears()))
-    if unknown:
-        raise PackageError(
-            mismatch(adapter_path, unknown[0], "a site that has a slot", "none", "export again with such an adapter")
-        )
     index = max((entry.class_index for entry in manifest.adapters), default=-1) + 1
-    entry = _encode(
-        adapter, adapter.id, index, manifest.slots, package.path, manifest.target, manifest.base_fingerprint
-    )
-    files = {**manifest.files, entry.file: packages.hash_file(package.path / entry.file)}
-    packages.write_manifest(
-        package.path, msgspec.structs.replace(manifest, adapters=(*manifest.adapters, entry), files=files)
-    )
+    try:
+        entry = _encode(
+            adapter, adapter.id, index, manifest.slots, package.path, manifest.target, manifest.base_fingerprint
+        )
+        files = {**manifest.files, entry.file: packages.hash_file(package.path / entry.file)}
+        packages.write_manifest(
+            package.path, msgspec.structs.replace(manifest, adapters=(*manifest.adapters, entry), files=files)
+        )
+    except OSError as error:
+        raise PackageError(f"{package.path}: cannot be written: {error.strerror or error}") from error
     return entry
+
+
+def _require_slots(adapter_path: Path, slots: Slots) -> None:
+    """Slots were placed at export, where its adapters have rows: another adapter may need others."""
+    if not (adapter_path / adapter_format.WEIGHTS).is_file():
+        return  # load_adapter_dir says what is missing
+    label = str(adapter_path)
+    config = adapter_format.read_config(adapter_path, label)
+    branches = adapter_format.stored_branches(adapter_format.open_weights(adapter_path, label), config)
+    if unknown := sorted({branch.site for branch in branches} - set(slots.linears()), key=natural_key):
+        hint = "export again from a bundle with such an adapter"
+        raise PackageError(mismatch(adapter_path, unknown[0], "a site with a slot in this package", "none", hint))
 
 
 def validate(
