@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -51,6 +52,9 @@ class Chat:
         new = self._tokenizer.encode(prompt).ids
         if not new:
             raise PackageError(mismatch("--prompt", "text", "at least one token", "none"))
+        context, total = self.package.manifest.model.context, len(self.history) + len(new)
+        if total >= context:
+            raise PackageError(mismatch("--prompt", "tokens", f"less than the package's context of {context}", total))
         if not self.history:
             self.session.select(chosen)
             cache = "empty"
@@ -90,9 +94,14 @@ def parse_mix(text: str) -> dict[str, float] | None:
         return {}
     mix: dict[str, float] = {}
     for part in text.split(","):
-        name, _, gate = part.strip().partition("=")
+        name, given, gate = part.strip().partition("=")
         try:
-            mix[name] = float(gate) if gate else 1.0
+            value = float(gate) if given else 1.0
         except ValueError:
-            raise PackageError(mismatch("--adapter", name, "a number after =", repr(gate))) from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise PackageError(mismatch("--adapter", name, "a finite number after =", repr(gate)))
+        if name in mix:
+            raise PackageError(mismatch("--adapter", name, "each adapter once", "it twice"))
+        mix[name] = value
     return mix
