@@ -227,6 +227,13 @@ def _manifest() -> list[Malformed]:
             "model.*.q_proj",
         ),
         _case(
+            "only the beginning of a site",
+            put("adapters.0.branches.0.sites.0", "model.layers.*"),
+            at(f"{branch}.sites[0]"),
+            "a pattern that names a linear layer",
+            "model.layers.*",
+        ),
+        _case(
             "star inside a component",
             put("adapters.0.branches.0.sites.0", "model.layers.*.self_attn.q_*"),
             at(f"{branch}.sites[0]"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +266,20 @@ def test_what_peft_saves_beyond_linear_layers_is_refused(
     peft.get_peft_model(model, peft.LoraConfig(target_modules=[target])).save_pretrained(tmp_path / "more")
     with pytest.raises(UnsupportedError, match=f"found another key .*{why}"):
         import_peft(base, [tmp_path / "more"], tmp_path / "out", None)
+
+
+def test_a_full_disk_at_the_last_moment_leaves_nothing_behind(
+    base: Path, trained: dict[str, tuple[Path, dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(
+        BundleError, match="output: expected a bundle that can be written, found No space left"
+    ):
+        import_peft(base, [trained["plain"][0]], tmp_path / "out", None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_adapters_of_one_name_are_refused(
