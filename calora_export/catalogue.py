@@ -40,7 +40,6 @@ def _adapters() -> list[Row]:
     return [
         {"adapter": "lora", "formula": "scale · B(A x)", "source": "PEFT; rslora, rank and alpha patterns"},
         {"adapter": "recovery", "formula": "scale · a2(gelu(a1 x))", "source": "CA-LoRA, arXiv 2307.07705"},
-        {"adapter": "expert", "formula": "scale · up(act(down x)), act identity or gelu", "source": "bundle.json"},
     ]
 
 

@@ -120,7 +120,7 @@ def read_job(directory: Path) -> Job:
 def write_trace(directory: Path, trace: Trace) -> None:
     with (directory / LOGITS).open("wb") as file:
         for rows in trace.logits.values():
-            file.write(memoryview(np.ascontiguousarray(rows, np.float32)).cast("B"))
+            file.write(np.ascontiguousarray(rows, np.float32).tobytes())
     (directory / TRACE).write_bytes(msgspec.json.encode(trace.answer))
 
 

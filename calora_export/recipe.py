@@ -89,7 +89,7 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
         dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.values
         return Representation(DenseWeight(dense), True)
     if isinstance(weight, PackedWeight):
-        return Representation(weight, True)
+        return Representation(_regrouped(weight, module), True)
     columns = weight.values.shape[1]
     if columns % rule.group_size:
         raise UnsupportedError(
@@ -97,6 +97,18 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
         )
     bits = {"int4": 4, "int8": 8}[rule.scheme]
     return Representation(quantize_symmetric(weight.values.astype("float32"), bits, rule.group_size), False)
+
+
+def _regrouped(weight: PackedWeight, module: str) -> PackedWeight:
+    """The same numbers in groups that kernels take, 16 to 128 and a power of two: a longer group's scale is repeated."""
+    size = min(weight.group_size & -weight.group_size, 128)
+    if size == weight.group_size:
+        return weight
+    if size < 16:
+        expected = "a group size that a power of two from 16 divides"
+        raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, "use onnx-fp32"))
+    scale = weight.scale.repeat(weight.group_size // size, axis=1)
+    return PackedWeight(weight.q, scale, weight.bits, size)
 
 
 def load(name: str) -> Recipe:

@@ -72,14 +72,14 @@ class Select(nn.Module):
         tied = (probs[None, :] == probs[:, None]) & (index[None, :] < index[:, None])
         before = (ahead | tied).float()
         first = before.sum(1) == 0
-        match self.selection.select:
-            case "top_p":  # while the sum of those before is at most p: the class that crosses p is kept
-                return (before * probs[None, :]).sum(1) <= self.selection.p
-            case "top_k":
-                return before.sum(1) < self.selection.k
-            case "threshold":
-                return (probs >= self.selection.threshold) | first
-            case "all":
+        match self.selection:
+            case Selection(select="top_p", p=float(p)):  # the class that crosses p is kept
+                return (before * probs[None, :]).sum(1) <= p
+            case Selection(select="top_k", k=int(k)):
+                return before.sum(1) < k
+            case Selection(select="threshold", threshold=float(threshold)):
+                return (probs >= threshold) | first
+            case _:
                 return torch.ones_like(first)
 
 

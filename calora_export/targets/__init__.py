@@ -37,7 +37,7 @@ class Target(Protocol):
 
 def names() -> tuple[str, ...]:
     """The targets that exist, without importing any of them."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
 def load(name: str) -> Target:

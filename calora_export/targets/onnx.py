@@ -1,21 +1,19 @@
 """Lowering to ONNX Runtime.
 
 Whole operators become contrib ones (MatMulNBits, GroupQueryAttention, SkipSimplifiedLayerNormalization …), the few ATen
-operators between them become their ONNX namesakes, and adapter tensors become inputs that default to rank 0. The gate has
-no node: it is folded into `up` when an adapter is activated, since what a slot costs on a CPU is launches and bytes.
+operators between them their ONNX namesakes, and adapter tensors inputs that default to rank 0. The gate has no node: it
+is folded into `up` when an adapter is activated, since what a slot costs on a CPU is launches and bytes.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import operator
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,47 +26,55 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
+from calora_export.targets import _genai
+from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
 
 MODEL = "model.onnx"
-OPSET = 21
-IR_VERSION = 10
-CONTRIB = "com.microsoft"
-PAGE = 4096
+INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
 ATEN, CALORA = torch.ops.aten, torch.ops.calora
-_VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
+VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots:
     """Write model.onnx and model.onnx.data; return which tensors an adapter file must hold."""
-    with _DataFile(directory / "model.onnx.data") as data:
-        lowering = _Lowering(graph, recipe, data, fingerprint)
-        model = lowering.run()
-    model.graph.sort()
-    ir.save(model, directory / MODEL)
-    return lowering.slots
+    with DataFile(directory / f"{MODEL}.data") as data:
+        lowering = _Lowering(graph, recipe, Builder(data))
+        outputs = lowering.run(bytes.fromhex(fingerprint.removeprefix("sha256:")))
+    ir.save(lowering.build.model(outputs), directory / MODEL)
+    return Slots(
+        rank="dynamic",
+        gate="folded into up",
+        recovery="recovery" if graph.recovery else None,
+        fingerprint="base_fingerprint",
+        dtype=recipe.adapters,
+        tensors=tuple(lowering.tensors),
+    )
 
 
 def lower_router(router: Router, directory: Path) -> str:
     """Write router.onnx: ids [1, tokens] → gates [classes], with the selection policy inside."""
-    ids = torch.zeros(1, 8, dtype=torch.long)
-    shapes = {"ids": {1: torch.export.Dim("tokens", min=1)}}
+    file = "router.onnx"
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             router.eval(),
-            (ids,),
+            (torch.zeros(1, 8, dtype=torch.long),),
             input_names=["ids"],
             output_names=["gates"],
-            dynamic_shapes=shapes,
+            dynamic_shapes={"ids": {1: torch.export.Dim("tokens", min=1)}},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    for node in program.model.graph:
+    for node in program.model.graph:  # stack traces of this machine
         node.metadata_props.clear()
-        node.meta.clear()
-    program.save(directory / "router.onnx", external_data=False)
-    return "router.onnx"
+    program.save(directory / file, external_data=False)
+    return file
+
+
+def accompany(manifest: Manifest, directory: Path) -> None:
+    """Write what onnxruntime-genai looks for beside the model."""
+    _genai.write(manifest, directory)
 
 
 @contextmanager
@@ -85,79 +91,9 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def accompany(manifest: Manifest, directory: Path) -> None:
-    """Write what onnxruntime-genai looks for beside the model: genai_config.json and its own copy of the tokenizer."""
-    for file in sorted((directory / "tokenizer").glob("*.*")):
-        shutil.copyfile(file, directory / file.name)
-    text = json.dumps(_genai_config(manifest), indent=2)
-    (directory / "genai_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _genai_config(manifest: Manifest) -> dict[str, object]:
-    model = manifest.model
-    keys = [f"past_key_values.%d.{kv}" for kv in ("key", "value")]
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
-        "filename": MODEL,
-        "head_size": model.head_dim,
-        "hidden_size": model.hidden,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": keys[0],
-            "past_value_names": keys[1],
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": keys[0].replace("past_key_values", "present"),
-            "present_value_names": keys[1].replace("past_key_values", "present"),
-        },
-        "num_attention_heads": model.heads,
-        "num_hidden_layers": model.layers,
-        "num_key_value_heads": model.kv_heads,
-    }
-    return {
-        "model": {
-            "bos_token_id": model.bos if model.bos is not None else model.eos[0],
-            "context_length": model.context,
-            "decoder": decoder,
-            "eos_token_id": list(model.eos),
-            "pad_token_id": model.eos[0],
-            "type": "decoder",
-            "vocab_size": model.vocab,
-        },
-        "search": {"do_sample": False, "max_length": model.context, "past_present_share_buffer": True},
-    }
-
-
-class _DataFile:
-    """model.onnx.data: each distinct array once, on a page boundary, so that a runtime can map it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._seen: dict[str, tuple[int, int]] = {}
-
-    def __enter__(self) -> _DataFile:
-        self._file = self.path.open("wb")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def put(self, key: str, make: Callable[[], np.ndarray]) -> tuple[int, int]:
-        """Offset and length of the array called key, written when it is first asked for."""
-        if key not in self._seen:
-            self._file.write(b"\0" * (-self._file.tell() % PAGE))
-            offset = self._file.tell()
-            raw = np.ascontiguousarray(make())
-            self._file.write(memoryview(raw).cast("B"))
-            self._seen[key] = (offset, raw.nbytes)
-        return self._seen[key]
-
-
 @dataclass(frozen=True)
 class _Weight:
-    """A linear layer's or a table's weight in the graph: placeholder names of values, scale and bias."""
+    """A linear layer's or the token table's weight: values [out, in], scale [out, groups] or empty, bias or empty."""
 
     name: str
     values: torch.Tensor
@@ -166,394 +102,362 @@ class _Weight:
 
     @cached_property
     def bits(self) -> int:
-        """0 dense; else the bits that hold the packed values."""
+        """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers."""
         if self.scale.numel() == 0:
             return 0
         return 4 if -8 <= int(self.values.min()) and int(self.values.max()) <= 7 else 8
 
     @property
-    def group_size(self) -> int:
-        return self.values.shape[1] // self.scale.shape[1]
+    def layout(self) -> tuple[int, int, bool]:
+        """Bits, group size and whether there is a bias: weights alike in these can be one matmul."""
+        group = self.values.shape[1] // self.scale.shape[1] if self.bits else 0
+        return self.bits, group, self.bias.numel() > 0
 
-    def nibbles(self) -> np.ndarray:
+    def packed(self) -> np.ndarray:
         """uint8 [out, groups, group · bits / 8], offset by 2^(bits-1), the first value in the low nibble."""
-        unsigned = (self.values.numpy().astype(np.int16) + (1 << (self.bits - 1))).astype(np.uint8)
-        grouped = unsigned.reshape(unsigned.shape[0], -1, self.group_size)
-        return grouped if self.bits == 8 else grouped[..., 0::2] | (grouped[..., 1::2] << 4)
+        bits, group, _ = self.layout
+        unsigned = (self.values.numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+        grouped = unsigned.reshape(unsigned.shape[0], -1, group)
+        return grouped if bits == 8 else grouped[..., 0::2] | (grouped[..., 1::2] << 4)
 
 
-@dataclass
 class _Lowering:
-    graph: Graph
-    recipe: Recipe
-    data: _DataFile
-    fingerprint: str
-    values: dict[Node, ir.Value] = field(default_factory=dict)
-    outputs: dict[tuple[Node, int], ir.Value] = field(default_factory=dict)
-    nodes: list[ir.Node] = field(default_factory=list)
-    inputs: dict[str, ir.Value] = field(default_factory=dict)
-    initializers: dict[str, ir.Value] = field(default_factory=dict)
-    shared: dict[str, ir.Value] = field(default_factory=dict)
-    tensors: list[SlotTensor] = field(default_factory=list)
+    """One walk over the traced graph."""
 
-    def __post_init__(self) -> None:
-        self.roles = self.graph.roles()
-        self.fx = [node for node in self.graph.program.graph.nodes if node.op == "call_function"]
-        self.result = next(node for node in self.graph.program.graph.nodes if node.op == "output").args[0]
-        self.fused_adds = _norms_after_add(self.fx)
+    def __init__(self, graph: Graph, recipe: Recipe, build: Builder) -> None:
+        self.graph, self.recipe, self.build = graph, recipe, build
+        self.tensors: list[SlotTensor] = []
+        self.roles = graph.roles()
+        self.values: dict[Node, ir.Value] = {}
+        self.members: dict[tuple[Node, int], ir.Value] = {}
+        self.shared: dict[str, ir.Value] = {}
+        nodes = list(graph.program.graph.nodes)
+        self.calls = [node for node in nodes if node.op == "call_function"]
+        self.results = [_node(arg) for arg in nodes[-1].args[0]]
+        self.norm_of = _norms_after_add(self.calls)
+        self.weights = cache(self._weights)
         self.packed = self._packed_projections()
+        self.tables = {self.roles[_node(n.args[1]).name] for n in self.calls if n.target is CALORA.embedding.default}
 
-    @property
-    def slots(self) -> Slots:
-        return Slots(
-            rank="dynamic",
-            gate="folded into up",
-            recovery="recovery" if self.graph.recovery else None,
-            fingerprint="base_fingerprint",
-            dtype=self.recipe.adapters,
-            tensors=tuple(self.tensors),
-        )
+    # ── the walk ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    # ── the walk ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def run(self) -> ir.Model:
-        self._declare_inputs()
+    def run(self, fingerprint: bytes) -> list[ir.Value]:
+        """Emit every node that the outputs need; return the outputs."""
+        self._declare_inputs(fingerprint)
         live = self._live()
-        for node in self.fx:
+        for node in self.calls:
             if node in live:
                 self._lower(node)
-        logits, *present = self.result
         positions = 1 if self.graph.last_only else "sequence_length"
-        outputs = [self._named(self.value(logits), "logits", ["batch_size", positions, self.graph.shape.vocab])]
-        for i, node in enumerate(present):
-            name = f"present.{i // 2}.{('key', 'value')[i % 2]}"
-            outputs.append(self._named(self.value(node), name, self._cache_shape("total_sequence_length")))
-        outputs.append(self.emit("Identity", self.inputs["base_fingerprint"], name="fingerprint"))
-        outputs[-1].type, outputs[-1].shape = ir.TensorType(ir.DataType.UINT8), ir.Shape([32])
-        graph = ir.Graph(
-            list(self.inputs.values()),
-            outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, CONTRIB: 1},
-            name="calora",
-        )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="calora-export")
+        logits, *present = (self.value(node) for node in self.results)
+        shape = ["batch_size", positions, self.graph.shape.vocab]
+        outputs = [named(logits, "logits", ir.DataType.FLOAT, shape)]
+        for name, value in zip(self._cache_names("present"), present, strict=True):
+            outputs.append(named(value, name, ir.DataType.FLOAT, self._cache_shape("total_sequence_length")))
+        base = self.build.emit("Identity", self.build.inputs["base_fingerprint"])
+        return [*outputs, named(base, "fingerprint", ir.DataType.UINT8, [32])]
 
     def _live(self) -> set[Node]:
-        """The nodes that the outputs need, given what is fused away."""
         live: set[Node] = set()
-        pending = [node for node in self.result if isinstance(node, Node)]
+        pending = list(self.results)
         while pending:
             node = pending.pop()
-            if node in live or node.op != "call_function":
-                continue
-            live.add(node)
-            pending.extend(self._operands(node))
+            if node not in live and node.op == "call_function":
+                live.add(node)
+                pending.extend(self._operands(node))
         return live
 
     def _operands(self, node: Node) -> list[Node]:
+        """What the lowering of a node reads, given what is fused away."""
         if node.target is CALORA.attention.default:
             if node in self.packed:
                 return [self.packed[node][0]]
-            return [_heads(arg)[0] for arg in node.args[:3] if isinstance(arg, Node)]
-        if node.target in _VIEWS:
-            return [_viewed(node)]
-        return node.all_input_nodes
+            return [_heads(arg)[0] for arg in node.args[:3]]
+        return [_viewed(node)] if node.target in VIEWS else node.all_input_nodes
 
     def _lower(self, node: Node) -> None:
         handler = _HANDLERS.get(node.target)
         if handler is None:
-            raise UnsupportedError(
-                mismatch("onnx", "operator", "one that this target lowers", f"{node.target} in the model's graph")
-            )
+            found = f"{node.target} in the model's graph"
+            raise UnsupportedError(mismatch("onnx", "operator", "one that this target lowers", found))
         handler(self, node)
 
-    # ── values ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def value(self, arg: object) -> ir.Value:
+        """The ONNX value of an FX node: a result, an input, or a float tensor that the model holds."""
+        node = _node(arg)
+        if node.op != "placeholder":
+            return self.values[node]
+        role = self.roles[node.name]
+        if role in self.build.inputs:
+            return self.build.inputs[role]
+        tensor = self.graph.tensors[role]
+        return self.build.floats(_short(role), lambda: tensor.numpy(), list(tensor.shape))
 
-    def value(self, node: object) -> ir.Value:
-        """The ONNX value of an FX node, or an initializer for a tensor that the model holds."""
-        assert isinstance(node, Node)
-        if node.op == "placeholder":
-            role = self.roles[node.name]
-            return self.inputs[role] if role in self.inputs else self.held(role)
-        return self.values[node]
+    # ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def emit(self, op: str, *args: ir.Value | None, domain: str = "", outputs: int = 1, name: str = "", **attrs: object):  # noqa: ANN201, E501
-        """Append a node; one output is returned as a value, several as a tuple."""
-        made = ir.node(op, list(args), attributes=attrs or None, domain=domain, num_outputs=outputs)  # type: ignore[arg-type]
-        for i, output in enumerate(made.outputs):
-            output.name = name if name and i == 0 else f"v{len(self.nodes)}.{i}"
-        made.name = f"n{len(self.nodes)}"
-        self.nodes.append(made)
-        return made.outputs[0] if outputs == 1 else tuple(made.outputs)
-
-    def initializer(self, name: str, make: Callable[[], np.ndarray], shape: Sequence[int], dtype: ir.DataType, key: str = "") -> ir.Value:  # noqa: E501
-        """A constant in the data file; key lets two of them share bytes under different shapes."""
-        if name not in self.initializers:
-            offset, length = self.data.put(key or name, make)
-            tensor = ir.ExternalTensor(
-                self.data.path.name, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=self.data.path.parent
-            )
-            self.initializers[name] = ir.Value(
-                name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor
-            )
-        return self.initializers[name]
-
-    def constant(self, values: Sequence[int]) -> ir.Value:
-        """A small int64 vector inside the graph file."""
-        name = "const_" + "_".join(str(v) for v in values)
-        if name not in self.initializers:
-            tensor = ir.tensor(np.array(values, np.int64), name=name)
-            self.initializers[name] = ir.Value(
-                name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-            )
-        return self.initializers[name]
-
-    def held(self, name: str) -> ir.Value:
-        """A float tensor of the model: norm weights, rotary tables."""
-        tensor = self.graph.tensors[name]
-        return self.initializer(_short(name), lambda: tensor.numpy(), list(tensor.shape), ir.DataType.FLOAT)
-
-    def scalar(self, number: float) -> ir.Value:
-        name = f"scalar_{number!r}"
-        return self.initializer(name, lambda: np.array(number, np.float32), [], ir.DataType.FLOAT)
-
-    def _named(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
-        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
-        return value
-
-    # ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _cache_names(self, prefix: str) -> list[str]:
+        return [f"{prefix}.{layer}.{kv}" for layer in range(self.graph.shape.layers) for kv in ("key", "value")]
 
     def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch_size", self.graph.shape.kv_heads, length, self.graph.shape.head_dim]
 
-    def _declare_inputs(self) -> None:
-        self._input("ids", "input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-        self._input("mask", "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
-        for i in range(2 * self.graph.shape.layers):
-            name = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
-            self._input(f"past.{i}", name, ir.DataType.FLOAT, self._cache_shape("past_sequence_length"))
-        raw = bytes.fromhex(self.fingerprint.removeprefix("sha256:"))
-        value = self._input("base_fingerprint", "base_fingerprint", ir.DataType.UINT8, [32])
-        value.const_value = ir.tensor(np.frombuffer(raw, np.uint8).copy(), name="base_fingerprint")
-        self.initializers["base_fingerprint"] = value
+    def _declare_inputs(self, fingerprint: bytes) -> None:
+        declare = self.build.declare
+        declare("ids", "input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        declare("mask", "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+        for i, name in enumerate(self._cache_names("past_key_values")):
+            declare(f"past.{i}", name, ir.DataType.FLOAT, self._cache_shape("past_sequence_length"))
+        base = declare("base_fingerprint", "base_fingerprint", ir.DataType.UINT8, [32])
+        self.build.default(base, np.frombuffer(fingerprint, np.uint8).copy())
         if self.graph.recovery:
-            self._adapter_input("recovery", ["rank"])
+            self._adapter_input("recovery", ["rank"], ir.DataType.FLOAT)
 
-    def _input(self, role: str, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
-        self.inputs[role] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        return self.inputs[role]
-
-    def _adapter_input(self, name: str, shape: Sequence[int | str]) -> ir.Value:
-        """An input that adapter files fill: of rank 0 without one, or required where the runtime has no adapter API."""
-        dtype = ir.DataType.FLOAT16 if self.recipe.adapters == "fp16" and name != "recovery" else ir.DataType.FLOAT
-        value = self._input(name, name, dtype, shape)
+    def _adapter_input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
+        """An input that adapter files fill: of rank 0 without one, or required where there is no adapter API."""
+        value = self.build.declare(name, name, dtype, shape)
         if self.recipe.adapter_inputs == "optional":
-            empty = np.zeros([size if isinstance(size, int) else 0 for size in shape], dtype.numpy())
-            value.const_value = ir.tensor(empty, name=name)
-            self.initializers[name] = value
-        if dtype is ir.DataType.FLOAT:
-            return value
-        return self.emit("Cast", value, to=int(ir.DataType.FLOAT))
+            sizes = [size if isinstance(size, int) else 0 for size in shape]
+            self.build.default(value, np.zeros(sizes, dtype.numpy()))
+        return value
 
-    # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────────
+    def _adapter_matrix(self, name: str, shape: Sequence[int | str]) -> ir.Value:
+        if self.recipe.adapters == "fp32":
+            return self._adapter_input(name, shape, ir.DataType.FLOAT)
+        half = self._adapter_input(name, shape, ir.DataType.FLOAT16)
+        return self.build.emit("Cast", half, to=int(ir.DataType.FLOAT))
+
+    # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _weights(self, node: Node) -> list[_Weight]:
+        found = []
+        for arguments in zip(*(_list(arg) for arg in node.args[1:4]), strict=True):
+            roles = [self.roles[_node(argument).name] for argument in arguments]
+            found.append(_Weight(_short(roles[0]), *(self.graph.tensors[role] for role in roles)))
+        return found
 
     def _packed_projections(self) -> dict[Node, tuple[Node, tuple[int, ...]]]:
-        """Attention nodes whose q, k and v are the three outputs of one `linears`: they become one matmul."""
+        """Attention nodes whose q, k and v are the three outputs of one `linears`: these become one matmul."""
         packed: dict[Node, tuple[Node, tuple[int, ...]]] = {}
-        for node in self.fx:
+        for node in self.calls:
             if node.target is not CALORA.attention.default:
                 continue
-            sources = [_heads(arg) for arg in node.args[:3] if isinstance(arg, Node)]
-            plain = all(is_3d and src.target is operator.getitem for src, is_3d in sources)
-            if not plain or len({src.args[0] for src, _ in sources}) != 1:
+            sources = [_heads(arg) for arg in node.args[:3]]
+            if not all(flat and source.target is operator.getitem for source, flat in sources):
                 continue
-            linears = sources[0][0].args[0]
-            assert isinstance(linears, Node)
-            order = tuple(int(src.args[1]) for src, _ in sources)  # type: ignore[call-overload]
-            weights = self.weights(linears)
-            same = len({(w.bits, w.bits and w.group_size, w.bias.numel() > 0) for w in weights}) == 1
-            if len(weights) == 3 and same and len(linears.args[4]) in (0, 3):  # type: ignore[arg-type]
-                packed[node] = (linears, order)
+            linears = {_node(source.args[0]) for source, _ in sources}
+            first = next(iter(linears))
+            alike = len({weight.layout for weight in self.weights(first)}) == 1
+            if len(linears) == 1 and len(self.weights(first)) == 3 and alike and len(_list(first.args[4])) in (0, 3):
+                packed[node] = (first, tuple(_int(source.args[1]) for source, _ in sources))
         return packed
-
-    def weights(self, node: Node) -> list[_Weight]:
-        _, weights, scales, biases, *_ = node.args
-        names = [self.roles[w.name] for w in weights]  # type: ignore[union-attr]
-        held = [[self.graph.tensors[self.roles[t.name]] for t in part] for part in (weights, scales, biases)]  # type: ignore[union-attr]
-        return [_Weight(_short(name), w, s, b) for name, w, s, b in zip(names, *held, strict=True)]
-
-    def matmul(self, x: ir.Value, weights: Sequence[_Weight], table: bool) -> ir.Value:
-        """x times the weights, one below the other. table: the weight is also the token table, which is stored once."""
-        name, first = "+".join([weights[0].name, *(w.name.split(".")[-2] for w in weights[1:])]), weights[0]
-        rows, columns = sum(w.values.shape[0] for w in weights), first.values.shape[1]
-        bias = None
-        if first.bias.numel():
-            bias = self.initializer(
-                f"{name}.bias", lambda: np.concatenate([w.bias.numpy() for w in weights]), [rows], ir.DataType.FLOAT
-            )
-        if not first.bits:
-            return self._dense(x, weights, name, table, bias)
-        group = first.group_size
-        packed = self.initializer(
-            f"{name}.q{first.bits}",
-            lambda: np.concatenate([w.nibbles() for w in weights]),
-            [rows, columns // group, group * first.bits // 8],
-            ir.DataType.UINT8,
-            key=f"{name}.q",
-        )
-        scale = self.initializer(
-            f"{name}.scale",
-            lambda: np.concatenate([w.scale.numpy() for w in weights]),
-            [rows, columns // group],
-            ir.DataType.FLOAT,
-        )
-        operands = [x, packed, scale] + ([None, None, bias] if bias is not None else [])
-        return self.emit(
-            "MatMulNBits",
-            *operands,
-            domain=CONTRIB,
-            K=columns,
-            N=rows,
-            bits=first.bits,
-            block_size=group,
-            accuracy_level=4 if self.recipe.activations == "int8" else 1,
-        )
-
-    def _dense(
-        self, x: ir.Value, weights: Sequence[_Weight], name: str, table: bool, bias: ir.Value | None
-    ) -> ir.Value:
-        rows, columns = sum(w.values.shape[0] for w in weights), weights[0].values.shape[1]
-        if table:
-            value = self.initializer(name, lambda: weights[0].values.numpy(), [rows, columns], ir.DataType.FLOAT)
-            y = self.emit("FusedMatMul", x, value, domain=CONTRIB, transB=1)
-        else:
-            value = self.initializer(
-                f"{name}.T",
-                lambda: np.concatenate([w.values.numpy() for w in weights]).T,
-                [columns, rows],
-                ir.DataType.FLOAT,
-            )
-            y = self.emit("MatMul", x, value)
-        return y if bias is None else self.emit("Add", y, bias)
 
     def lower_linears(self, node: Node) -> None:
         x, weights = self.value(node.args[0]), self.weights(node)
-        slotted: Sequence[int] = node.args[4]  # type: ignore[assignment]
-        downs: Sequence[Node] = node.args[5]  # type: ignore[assignment]
-        sites = [self.roles[down.name].removeprefix("down.") for down in downs]
-        packing = next(((attention, order) for attention, (src, order) in self.packed.items() if src is node), None)
-        deltas = dict(zip(slotted, self._slots(x, sites, downs), strict=True)) if sites else {}
-        if packing:
-            _, order = packing
-            y = self.matmul(x, [weights[i] for i in order], table=False)
+        deltas = self._deltas(x, node)
+        order = next((order for source, order in self.packed.values() if source is node), None)
+        if order is not None:
+            y = self._matmul(x, [weights[i] for i in order])
             if deltas:
-                y = self.emit("Add", y, self.emit("Concat", *[deltas[i] for i in order], axis=-1))
+                y = self.build.emit("Add", y, self.build.emit("Concat", *[deltas[i] for i in order], axis=-1))
             self.values[node] = y
             return
         for i, weight in enumerate(weights):
-            y = self.matmul(x, [weight], table=self._is_table(weight))
-            self.outputs[node, i] = self.emit("Add", y, deltas[i]) if i in deltas else y
+            y = self._matmul(x, [weight])
+            self.members[node, i] = self.build.emit("Add", y, deltas[i]) if i in deltas else y
 
-    def _is_table(self, weight: _Weight) -> bool:
-        return any(
-            node.target is CALORA.embedding.default and _short(self.roles[node.args[1].name]) == weight.name  # type: ignore[union-attr]
-            for node in self.fx
+    def _matmul(self, x: ir.Value, weights: Sequence[_Weight]) -> ir.Value:
+        """x times the weights, one below the other."""
+        first = weights[0]
+        bits, group, biased = first.layout
+        name = "+".join([first.name, *(weight.name.split(".")[-2] for weight in weights[1:])])
+        rows, columns = sum(weight.values.shape[0] for weight in weights), first.values.shape[1]
+        bias = self._stacked(f"{name}.bias", [weight.bias for weight in weights], [rows]) if biased else None
+        if not bits:
+            return self._dense(x, weights, name, bias)
+        packed = self.build.stored(
+            f"{name}.q{bits}",
+            lambda: np.concatenate([weight.packed() for weight in weights]),
+            [rows, columns // group, group * bits // 8],
+            ir.DataType.UINT8,
+            key=f"{name}.q",
+        )
+        scale = self._stacked(f"{name}.scale", [weight.scale for weight in weights], [rows, columns // group])
+        level = INT8_ACTIVATIONS if self.recipe.activations == "int8" else FLOAT_ACTIVATIONS
+        return self.build.emit(
+            "MatMulNBits",
+            *([x, packed, scale] + ([None, None, bias] if biased else [])),
+            domain=CONTRIB,
+            K=columns,
+            N=rows,
+            bits=bits,
+            block_size=group,
+            accuracy_level=level,
         )
 
-    def _slots(self, x: ir.Value, sites: Sequence[str], downs: Sequence[Node]) -> list[ir.Value]:
-        """The group's deltas: one `down` for all of its sites, the rows' non-linearity, one `up` each."""
-        count, features = len(sites), int(downs[0].meta["val"].shape[1])
+    def _stacked(self, name: str, tensors: Sequence[torch.Tensor], shape: Sequence[int]) -> ir.Value:
+        return self.build.floats(name, lambda: np.concatenate([tensor.numpy() for tensor in tensors]), shape)
+
+    def _dense(self, x: ir.Value, weights: Sequence[_Weight], name: str, bias: ir.Value | None) -> ir.Value:
+        values = [weight.values for weight in weights]
+        rows, columns = sum(len(value) for value in values), values[0].shape[1]
+        if self._is_table(weights[0]):  # stored once, by rows, as Gather needs it
+            weight = self._stacked(name, values, [rows, columns])
+            y = self.build.emit("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
+        else:
+            transposed = self.build.floats(f"{name}.T", lambda: torch.cat(values).numpy().T, [columns, rows])
+            y = self.build.emit("MatMul", x, transposed)
+        return y if bias is None else self.build.emit("Add", y, bias)
+
+    def _is_table(self, weight: _Weight) -> bool:
+        return any(_short(table) == weight.name for table in self.tables)
+
+    def _deltas(self, x: ir.Value, node: Node) -> dict[int, ir.Value]:
+        """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
+        members = [_int(index) for index in _list(node.args[4])]
+        sites = [self.roles[_node(down).name].removeprefix("down.") for down in _list(node.args[5])]
+        if not sites:
+            return {}
+        count, slots = len(sites), {slot.site: slot for slot in self.graph.slots}
+        features = slots[sites[0]].inputs
         prefix = "+".join([sites[0], *(site.split(".")[-1] for site in sites[1:])])
         rank = "rank" if count == 1 else f"rank_{count}"
-        down = self._adapter_input(f"{prefix}.down", [rank, features])
-        rows = self.emit("FusedMatMul", x, down, domain=CONTRIB, transB=1)
+        down = self._adapter_matrix(f"{prefix}.down", [rank, features])
+        rows = self.build.emit("FusedMatMul", x, down, domain=CONTRIB, transB=1)
         if self.graph.recovery:
-            curved = self.emit("Gelu", rows, domain="")
-            rows = self.emit("Where", self._recovery_rows(count), curved, rows)
+            rows = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", rows), rows)
         parts = [rows] if count == 1 else self._split_rows(rows, count)
-        deltas = []
-        for i, (site, part) in enumerate(zip(sites, parts, strict=True)):
-            size = next(slot.outputs for slot in self.graph.slots if slot.site == site)
-            deltas.append(self.emit("MatMul", part, self._adapter_input(f"{site}.up", ["rank", size])))
-            self.tensors.append(SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, size))
+        deltas: dict[int, ir.Value] = {}
+        for i, (member, site, part) in enumerate(zip(members, sites, parts, strict=True)):
+            up = self._adapter_matrix(f"{site}.up", ["rank", slots[site].outputs])
+            deltas[member] = self.build.emit("MatMul", part, up)
+            self.tensors.append(
+                SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, slots[site].outputs)
+            )
         return deltas
 
     def _recovery_rows(self, count: int) -> ir.Value:
         key = f"recovery_{count}"
         if key not in self.shared:
-            mask = self.emit("Cast", self.inputs["recovery"], to=int(ir.DataType.BOOL))
-            self.shared[key] = mask if count == 1 else self.emit("Concat", *[mask] * count, axis=0)
+            mask = self.build.emit("Cast", self.build.inputs["recovery"], to=int(ir.DataType.BOOL))
+            self.shared[key] = mask if count == 1 else self.build.emit("Concat", *[mask] * count, axis=0)
         return self.shared[key]
 
     def _split_rows(self, rows: ir.Value, count: int) -> Sequence[ir.Value]:
+        """Each site's rows; num_outputs alone would refuse to split rank 0."""
         key = f"sizes_{count}"
         if key not in self.shared:
-            rank = self.emit("Div", self.emit("Shape", rows, start=-1), self.constant([count]))
-            self.shared[key] = self.emit("Concat", *[rank] * count, axis=0)
-        return self.emit("Split", rows, self.shared[key], outputs=count, axis=-1)
+            total = self.build.emit("Shape", rows, start=-1)
+            rank = self.build.emit("Div", total, self.build.integers([count]))
+            self.shared[key] = self.build.emit("Concat", *[rank] * count, axis=0)
+        return self.build.emit_many("Split", rows, self.shared[key], outputs=count, axis=-1)
 
-    # ── the other operators ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
     def lower_embedding(self, node: Node) -> None:
-        ids, table, scale = (arg for arg in node.args)
-        weight = _Weight(
-            _short(self.roles[table.name]),  # type: ignore[union-attr]
-            self.graph.tensors[self.roles[table.name]],  # type: ignore[union-attr]
-            self.graph.tensors[self.roles[scale.name]],  # type: ignore[union-attr]
-            torch.zeros(0),
-        )
+        ids = self.value(node.args[0])
+        values, scale = (self.roles[_node(arg).name] for arg in node.args[1:])
+        weight = _Weight(_short(values), self.graph.tensors[values], self.graph.tensors[scale], torch.zeros(0))
+        bits, group, _ = weight.layout
         rows, columns = weight.values.shape
-        if not weight.bits:
-            value = self.initializer(weight.name, lambda: weight.values.numpy(), [rows, columns], ir.DataType.FLOAT)
-            self.values[node] = self.emit("Gather", value, self.value(ids))
+        if not bits:
+            table = self.build.floats(weight.name, weight.values.numpy, [rows, columns])
+            self.values[node] = self.build.emit("Gather", table, ids)
             return
-        packed = self.initializer(
+        packed = self.build.stored(
             f"{weight.name}.table",
-            weight.nibbles,
-            [rows, columns * weight.bits // 8],
+            weight.packed,
+            [rows, columns * bits // 8],
             ir.DataType.UINT8,
             key=f"{weight.name}.q",
         )
-        scales = self.initializer(
-            f"{weight.name}.scale", lambda: weight.scale.numpy(), list(weight.scale.shape), ir.DataType.FLOAT
-        )
-        attrs = {"bits": weight.bits, "block_size": weight.group_size, "gather_axis": 0, "quantize_axis": 1}
-        self.values[node] = self.emit(
-            "GatherBlockQuantized", packed, self.value(ids), scales, domain=CONTRIB, **attrs
+        scales = self._stacked(f"{weight.name}.scale", [weight.scale], list(weight.scale.shape))
+        self.values[node] = self.build.emit(
+            "GatherBlockQuantized",
+            packed,
+            ids,
+            scales,
+            domain=CONTRIB,
+            bits=bits,
+            block_size=group,
+            gather_axis=0,
+            quantize_axis=1,
         )
 
     def lower_rms_norm(self, node: Node) -> None:
-        x, weight, eps = node.args
-        if node in self.values:
+        if node in self.values:  # came with the addition before it
             return
-        self.values[node] = self.emit(
+        x, weight, eps = node.args
+        self.values[node] = self.build.emit(
             "SimplifiedLayerNormalization", self.value(x), self.value(weight), epsilon=eps, axis=-1, stash_type=1
         )
 
     def lower_add(self, node: Node) -> None:
-        norm = self.fused_adds.get(node)
+        norm = self.norm_of.get(node)
         if norm is None:
             self.values[node] = self._binary("Add", node)
             return
         _, weight, eps = norm.args
-        x, skip = (self.value(arg) for arg in node.args)
-        made = self.emit(
+        made = self.build.emit_many(
             "SkipSimplifiedLayerNormalization",
-            x,
-            skip,
+            *(self.value(arg) for arg in node.args),
             self.value(weight),
-            domain=CONTRIB,
             outputs=4,
+            domain=CONTRIB,
             epsilon=eps,
         )
         made[1].name = made[2].name = ""
         self.values[norm], self.values[node] = made[0], made[3]
 
+    def lower_attention(self, node: Node) -> None:
+        *qkv, past_key, past_value, cos, sin, scale, window, softcap = node.args
+        rotary = _node(cos).meta["val"].numel() > 0
+        if node in self.packed:
+            projections: list[ir.Value | None] = [self.values[self.packed[node][0]], None, None]
+        else:
+            projections = [self._flat_heads(arg) for arg in qkv]
+        made = self.build.emit_many(
+            "GroupQueryAttention",
+            *projections,
+            self.value(past_key),
+            self.value(past_value),
+            *self._lengths(),
+            *([self.value(cos), self.value(sin)] if rotary else []),
+            outputs=3,
+            domain=CONTRIB,
+            num_heads=self.graph.shape.heads,
+            kv_num_heads=self.graph.shape.kv_heads,
+            scale=scale,
+            do_rotary=int(rotary),
+            local_window_size=window or -1,
+            softcap=softcap,
+        )
+        self.members.update({(node, i): value for i, value in enumerate(made)})
+
+    def _flat_heads(self, arg: object) -> ir.Value:
+        """[B, S, H·D] from what attention gets as [B, H, S, D], without moving it there and back."""
+        source, flat = _heads(arg)
+        value = self.value(source)
+        if flat:
+            return value
+        if source is arg:
+            value = self.build.emit("Transpose", value, perm=[0, 2, 1, 3])
+        return self.build.emit("Reshape", value, self.build.integers([0, 0, -1]))
+
+    def _lengths(self) -> list[ir.Value]:
+        """seqlens_k [batch] (the total less one) and total_sequence_length [], from the attention mask."""
+        if "total" not in self.shared:
+            mask, one, emit = self.build.inputs["mask"], self.build.integers([1]), self.build.emit
+            last = emit("Sub", emit("ReduceSum", mask, one, keepdims=0), one)
+            total = emit("Squeeze", emit("Shape", mask, start=1), self.build.integers([0]))
+            self.shared["last"] = emit("Cast", last, to=int(ir.DataType.INT32))
+            self.shared["total"] = emit("Cast", total, to=int(ir.DataType.INT32))
+        return [self.shared["last"], self.shared["total"]]
+
+    # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
     def _binary(self, op: str, node: Node) -> ir.Value:
-        sides = [self.scalar(float(a)) if isinstance(a, (int, float)) else self.value(a) for a in node.args[:2]]
-        return self.emit(op, *sides)
+        sides = [self.build.scalar(arg) if isinstance(arg, (int, float)) else self.value(arg) for arg in node.args[:2]]
+        return self.build.emit(op, *sides)
 
     def lower_mul(self, node: Node) -> None:
         self.values[node] = self._binary("Mul", node)
@@ -562,107 +466,66 @@ class _Lowering:
         self.values[node] = self._binary("Div", node)
 
     def lower_silu(self, node: Node) -> None:
-        self.values[node] = self.emit("QuickGelu", self.value(node.args[0]), domain=CONTRIB, alpha=1.0)
+        self.values[node] = self.build.emit("QuickGelu", self.value(node.args[0]), domain=CONTRIB, alpha=1.0)
 
     def lower_gelu(self, node: Node) -> None:
         kind = node.kwargs.get("approximate", "none")
-        self.values[node] = self.emit("Gelu", self.value(node.args[0]), approximate=kind)
+        self.values[node] = self.build.emit("Gelu", self.value(node.args[0]), approximate=kind)
 
     def lower_tanh(self, node: Node) -> None:
-        self.values[node] = self.emit("Tanh", self.value(node.args[0]))
+        self.values[node] = self.build.emit("Tanh", self.value(node.args[0]))
 
     def lower_getitem(self, node: Node) -> None:
-        source, index = node.args
-        assert isinstance(source, Node) and isinstance(index, int)
-        self.values[node] = self.outputs[source, index]
+        self.values[node] = self.members[_node(node.args[0]), _int(node.args[1])]
 
     def lower_view(self, node: Node) -> None:
-        """A reshape whose only unknown length is the sequence's; the FX node says where it is."""
+        """A reshape whose only unknown length is the sequence's; none at all if a chain of them ends as it began."""
         source = _viewed(node)
-        if source.meta["val"].shape == node.meta["val"].shape:
+        wanted = node.meta["val"].shape
+        if source.meta["val"].shape == wanted:
             self.values[node] = self.value(source)
             return
-        shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+        shape = [size if isinstance(size, int) else -1 for size in wanted]
         if shape.count(-1) > 1:
             raise UnsupportedError(mismatch("onnx", str(node.target), "one dynamic dimension", str(shape)))
-        self.values[node] = self.emit("Reshape", self.value(source), self.constant(shape))
+        self.values[node] = self.build.emit("Reshape", self.value(source), self.build.integers(shape))
 
     def lower_transpose(self, node: Node) -> None:
-        x, a, b = node.args
-        assert isinstance(x, Node) and isinstance(a, int) and isinstance(b, int)
+        x, a, b = _node(node.args[0]), _int(node.args[1]), _int(node.args[2])
         order = list(range(len(x.meta["val"].shape)))
         order[a], order[b] = order[b], order[a]
-        self.values[node] = self.emit("Transpose", self.value(x), perm=order)
+        self.values[node] = self.build.emit("Transpose", self.value(x), perm=order)
 
     def lower_slice(self, node: Node) -> None:
-        x, axis, start, end, *_ = node.args
-        bounds = [self.constant([int(v)]) for v in (start, end, axis)]  # type: ignore[call-overload]
-        self.values[node] = self.emit("Slice", self.value(x), *bounds)
+        x, axis, start, end = node.args[:4]
+        bounds = [self.build.integers([_int(bound)]) for bound in (start, end, axis)]
+        self.values[node] = self.build.emit("Slice", self.value(x), *bounds)
 
     def lower_chunk(self, node: Node) -> None:
-        x, chunks, axis = node.args
-        parts = self.emit("Split", self.value(x), outputs=int(chunks), axis=axis, num_outputs=chunks)  # type: ignore[call-overload]
-        self.outputs.update({(node, i): part for i, part in enumerate(parts)})
+        count = _int(node.args[1])
+        parts = self.build.emit_many(
+            "Split", self.value(node.args[0]), outputs=count, axis=node.args[2], num_outputs=count
+        )
+        self.members.update({(node, i): part for i, part in enumerate(parts)})
 
     def lower_same(self, node: Node) -> None:
         """Casts to fp32 of what is fp32, clones, dropout at inference."""
         self.values[node] = self.value(node.args[0])
 
-    def lower_attention(self, node: Node) -> None:
-        q, k, v, past_key, past_value, cos, sin, scale, window, softcap = node.args
-        heads = self.graph.shape.heads
-        if node in self.packed:
-            qkv: list[ir.Value | None] = [self.values[self.packed[node][0]], None, None]
-        else:
-            qkv = [self._flat_heads(arg) for arg in (q, k, v)]
-        rotary = int(cos.meta["val"].numel() > 0)  # type: ignore[union-attr]
-        tables = [self.value(cos), self.value(sin)] if rotary else []
-        self.outputs.update(
-            {
-                (node, i): out
-                for i, out in enumerate(
-                    self.emit(
-                        "GroupQueryAttention",
-                        *qkv,
-                        self.value(past_key),
-                        self.value(past_value),
-                        *self._lengths(),
-                        *tables,
-                        domain=CONTRIB,
-                        outputs=3,
-                        num_heads=heads,
-                        kv_num_heads=self.graph.shape.kv_heads,
-                        scale=scale,
-                        do_rotary=rotary,
-                        local_window_size=window or -1,
-                        softcap=softcap,
-                    )
-                )
-            }
-        )
 
-    def _flat_heads(self, node: object) -> ir.Value:
-        """[B, S, H·D] from what attention gets as [B, H, S, D], without moving it there and back."""
-        assert isinstance(node, Node)
-        source, is_3d = _heads(node)
-        if is_3d:
-            return self.value(source)
-        value = self.value(source)
-        if source is node:
-            value = self.emit("Transpose", value, perm=[0, 2, 1, 3])
-        return self.emit("Reshape", value, self.constant([0, 0, -1]))
+def _node(arg: object) -> Node:
+    assert isinstance(arg, Node), arg
+    return arg
 
-    def _lengths(self) -> list[ir.Value]:
-        """seqlens_k [batch] (the total less one) and total_sequence_length [], from the attention mask."""
-        if "total" not in self.shared:
-            mask = self.inputs["mask"]
-            valid = self.emit("ReduceSum", mask, self.constant([1]), keepdims=0)
-            self.shared["seqlens"] = self.emit(
-                "Cast", self.emit("Sub", valid, self.constant([1])), to=int(ir.DataType.INT32)
-            )
-            total = self.emit("Squeeze", self.emit("Shape", mask, start=1), self.constant([0]))
-            self.shared["total"] = self.emit("Cast", total, to=int(ir.DataType.INT32))
-        return [self.shared["seqlens"], self.shared["total"]]
+
+def _int(arg: object) -> int:
+    assert isinstance(arg, int), arg
+    return arg
+
+
+def _list(arg: object) -> Sequence[object]:
+    assert isinstance(arg, (list, tuple)), arg
+    return arg
 
 
 def _short(name: str) -> str:
@@ -672,32 +535,30 @@ def _short(name: str) -> str:
 
 def _viewed(node: Node) -> Node:
     """What a chain of views looks at."""
-    while node.target in _VIEWS:
-        assert isinstance(node.args[0], Node)
-        node = node.args[0]
+    while node.target in VIEWS:
+        node = _node(node.args[0])
     return node
 
 
-def _heads(node: Node) -> tuple[Node, bool]:
+def _heads(arg: object) -> tuple[Node, bool]:
     """Follow [B, H, S, D] back over its transpose and view; says whether what it found is [B, S, H·D]."""
+    node = _node(arg)
     if node.target is not ATEN.transpose.int or tuple(node.args[1:]) != (1, 2):
         return node, False
-    before = node.args[0]
-    assert isinstance(before, Node)
-    if before.target in _VIEWS and len(before.args[0].meta["val"].shape) == 3:  # type: ignore[union-attr]
-        return before.args[0], True  # type: ignore[return-value]
-    return before, False
+    before = _node(node.args[0])
+    source = _viewed(before)
+    return (source, True) if source.meta["val"].dim() == 3 else (before, False)
 
 
-def _norms_after_add(nodes: Sequence[Node]) -> dict[Node, Node]:
-    """Residual additions whose sum goes through an RMS norm: add node → norm node."""
+def _norms_after_add(calls: Sequence[Node]) -> dict[Node, Node]:
+    """Residual additions whose sum goes through an RMS norm: add → norm."""
     fused: dict[Node, Node] = {}
-    for node in nodes:
+    for node in calls:
         source = node.args[0] if node.target is CALORA.rms_norm.default else None
-        if isinstance(source, Node) and source.target is ATEN.add.Tensor and source not in fused:
+        if isinstance(source, Node) and source.target is ATEN.add.Tensor:
             shapes = [arg.meta["val"].shape for arg in source.args if isinstance(arg, Node)]
             if len(shapes) == 2 and shapes[0] == shapes[1]:
-                fused[source] = node
+                fused.setdefault(source, node)
     return fused
 
 
@@ -713,13 +574,11 @@ _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
     ATEN.silu.default: _Lowering.lower_silu,
     ATEN.gelu.default: _Lowering.lower_gelu,
     ATEN.tanh.default: _Lowering.lower_tanh,
-    ATEN.view.default: _Lowering.lower_view,
-    ATEN.reshape.default: _Lowering.lower_view,
-    ATEN.unflatten.int: _Lowering.lower_view,
     ATEN.transpose.int: _Lowering.lower_transpose,
     ATEN.slice.Tensor: _Lowering.lower_slice,
     ATEN.chunk.default: _Lowering.lower_chunk,
     ATEN.to.dtype: _Lowering.lower_same,
     ATEN.contiguous.default: _Lowering.lower_same,
     ATEN.dropout.default: _Lowering.lower_same,
+    **dict.fromkeys(VIEWS, _Lowering.lower_view),
 }
