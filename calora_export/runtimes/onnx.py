@@ -33,7 +33,7 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
     file.set_model_version(VERSION)
     file.set_parameters(values)
     try:
-        file.export_adapter(path)
+        file.export_adapter(str(path))  # type: ignore[arg-type]  # says PathLike, takes str
     except RuntimeError as error:  # ONNX Runtime does not say why the system refused
         hint = "is the disk full or read-only?"
         raise PackageError(f"adapters/{adapter.id}{suffix()}: cannot be written ({hint})") from error
@@ -78,7 +78,7 @@ class Tensors:
 def read_adapter(path: Path, slots: Slots) -> tuple[Tensors, str]:
     """The tensors of an adapter file, mapped, and the fingerprint of its base."""
     try:
-        file = ort.AdapterFormat.read_adapter(path)
+        file = ort.AdapterFormat.read_adapter(str(path))  # type: ignore[arg-type]
         values = dict(file.get_parameters())
     except Exception as error:  # the binding raises bare RuntimeErrors for every kind of damage
         raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
