@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from calora_export import ops
 from calora_export.adapters import Adapter
-from calora_export.bundle import Bundle
+from calora_export.bundle import Bundle, read_base_config
 from calora_export.compression import DenseWeight, PackedWeight
 from calora_export.errors import BundleError, UnsupportedError, mismatch
 
@@ -30,6 +30,7 @@ Weight = DenseWeight | PackedWeight
 WeightOf = Callable[[str], Weight]
 
 ATTENTION = "calora"
+PROBE = 8
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,9 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, round_activati
     weight_of gives the weight of a module by its name: as stored for the source reference, re-represented for a target.
     context is the number of positions that the rotary tables cover, at most what the model was made for.
     """
-    config = transformers.AutoConfig.from_pretrained(bundle.path / "base", local_files_only=True)
+    config = _read_config(bundle)
     context = min(context, config.max_position_embeddings)
-    _check_supported(config, context)
+    _check_rotary(config, context)
     config._attn_implementation = ATTENTION
     with _parameters_on_meta():
         lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
@@ -261,17 +262,50 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, round_activati
     current = _Current()
     tied = bool(config.tie_word_embeddings)
     linears = _replace_weights(lm, bundle, weight_of, current, tied)
-    _replace_norms(lm)
-    _replace_rotary(lm, context)
     left = [name for name, tensor in lm.named_parameters() if tensor.is_meta]
     if left:
         raise BundleError(mismatch("base/", left[0], "a tensor of that name", "none"))
+    expected = _library_logits(lm)
+    _replace_norms(lm)
+    _replace_rotary(lm, context)
     model = SlotModel(lm, current, _shape(config, context))
+    _check_same(model, expected)
     _group_by_input(model, linears, round_activations)
     return model
 
 
-def _check_supported(config: transformers.PretrainedConfig, context: int) -> None:
+def _read_config(bundle: Bundle) -> transformers.PretrainedConfig:
+    model_type = read_base_config(bundle.path / "base", "base").model_type
+    wanted = f"a causal LM that transformers {transformers.__version__} knows"
+    if model_type in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config = transformers.AutoConfig.from_pretrained(bundle.path / "base", local_files_only=True)
+        if transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:  # type: ignore[attr-defined]
+            return config
+        wanted = "an architecture whose attention can be exchanged"
+    raise UnsupportedError(mismatch("base/config.json", "model_type", wanted, model_type))
+
+
+def _library_logits(lm: transformers.PreTrainedModel) -> Tensor:
+    """Logits [1, PROBE, vocab] of the library's own attention, rotary embedding and norms."""
+    lm.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = lm(input_ids=torch.arange(PROBE).unsqueeze(0), use_cache=False).logits
+    lm.set_attn_implementation(ATTENTION)
+    return logits
+
+
+def _check_same(model: SlotModel, expected: Tensor) -> None:
+    """Refuse an architecture that is more than what ours replaces, such as interleaved rotary embedding."""
+    with torch.no_grad():
+        logits, _ = model(torch.arange(PROBE).unsqueeze(0), model.empty_cache(), Rows.none())
+    error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error < 1e-3:
+        wanted = "half-split rotary embedding and plain softmax attention"
+        found = f"{model.lm.config.model_type}, whose logits would be off by {error:.1%}"
+        raise UnsupportedError(mismatch("base/config.json", "model_type", wanted, found))
+
+
+def _check_rotary(config: transformers.PretrainedConfig, context: int) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
     for kind in kinds:
@@ -281,9 +315,6 @@ def _check_supported(config: transformers.PretrainedConfig, context: int) -> Non
                 raise UnsupportedError(
                     mismatch("recipe", "context", f"at most {limit} for rope_type {kind['rope_type']}", context)
                 )
-    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if config.model_type not in known:
-        raise UnsupportedError(mismatch("base/config.json", "model_type", "a causal LM", repr(config.model_type)))
 
 
 @contextmanager
