@@ -1,15 +1,26 @@
-"""Exports that tests share: each costs seconds, so a session makes it once. Copy a package before you change it."""
+"""Exports that tests share: each costs seconds, so a session makes it once. Copy a package to change it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.bundles import tiny_bundle
 
+if TYPE_CHECKING:
+    from tests.families import Family
+
 Export = Callable[[str], Path]
+Families = Callable[[str], "Family"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +34,10 @@ def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Recipe name → the package that it makes of the tiny bundle."""
     from calora_export import pipeline
 
-    made: dict[str, Path] = {}
-
     def export(recipe: str) -> Path:
-        if recipe not in made:
-            made[recipe] = pipeline.export(tiny, tmp_path_factory.mktemp(recipe) / "package", recipe).path
-        return made[recipe]
+        return pipeline.export(tiny, tmp_path_factory.mktemp(recipe) / "package", recipe).path
 
-    return export
+    return functools.cache(export)
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +50,23 @@ def package(exported: Export) -> Path:
 def package_fp32(exported: Export) -> Path:
     """The tiny bundle on ONNX Runtime, every weight in fp32."""
     return exported("onnx-fp32")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    """Name of tests.families → that family, with its bundle on disk."""
+    from tests.families import make
+
+    return functools.cache(lambda name: make(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def lowered(families: Families) -> Export:
+    """Name of tests.families → its package on ONNX Runtime in fp32."""
+    from calora_export import pipeline
+
+    def export(name: str) -> Path:
+        family = families(name)
+        return pipeline.export(family.bundle, family.directory / "package", "onnx-fp32").path
+
+    return functools.cache(export)
