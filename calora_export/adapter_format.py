@@ -132,9 +132,7 @@ def read_config(directory: Path, label: str) -> PeftConfig:
     if isinstance(initial, str) and initial.startswith(_CHANGES_BASE):
         hint = "it changed the base; save it with PEFT's path_initial_model_for_weight_conversion"
         expected = "an initialisation that keeps the base"
-        raise UnsupportedError(
-            mismatch(file, "init_lora_weights", expected, strict_json.plain(initial), hint)
-        )
+        raise UnsupportedError(mismatch(file, "init_lora_weights", expected, strict_json.plain(initial), hint))
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns or {}:
             _check_regex(pattern, file, key)
@@ -199,9 +197,7 @@ def stored_branches(tensors: TensorIndex, config: PeftConfig) -> tuple[SiteBranc
     return tuple(sorted(branches, key=lambda branch: (natural_key(branch.site), branch.role)))
 
 
-def check_tensors(
-    tensors: TensorIndex, branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, int]]
-) -> None:
+def check_tensors(tensors: TensorIndex, branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, int]]) -> None:
     """BundleError unless `tensors` are exactly those of `branches`, with their shapes, float and finite."""
     shapes: dict[str, tuple[int, int]] = {}
     for branch in branches:
@@ -249,9 +245,7 @@ def _check_against_config(branch: SiteBranch, config: PeftConfig, file: str) -> 
         ("lora_alpha", branch.alpha, config.alpha_at(branch.site)),
     ):
         if expected != found:
-            raise BundleError(
-                mismatch(file, key, f"{expected:g} at {branch.site}, as in {FILE}", f"{found:g}")
-            )
+            raise BundleError(mismatch(file, key, f"{expected:g} at {branch.site}, as in {FILE}", f"{found:g}"))
 
 
 def _parse_key(name: str, tensors: TensorIndex) -> tuple[str, Literal["lora", "recovery"]]:

@@ -89,9 +89,7 @@ def mix(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
     if not adapters:
         return Adapter("none", None, 0, np.zeros(0, bool), {})
     shapes = {
-        site: (rows.up.shape[0], rows.down.shape[1])
-        for adapter, _ in adapters
-        for site, rows in adapter.sites.items()
+        site: (rows.up.shape[0], rows.down.shape[1]) for adapter, _ in adapters for site, rows in adapter.sites.items()
     }
     rank = sum(adapter.rank for adapter, _ in adapters)
     sites = {site: _zeros(shapes[site], rank) for site in sorted(shapes, key=natural_key)}

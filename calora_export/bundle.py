@@ -107,9 +107,7 @@ class Bundle:
         for adapter in self.manifest.adapters:
             if adapter.id == identifier:
                 return adapter
-        known = (
-            ", ".join(adapter.id for adapter in self.manifest.adapters) or "none, the bundle has no adapters"
-        )
+        known = ", ".join(adapter.id for adapter in self.manifest.adapters) or "none, the bundle has no adapters"
         raise wrong("adapters", f"one of {known}", identifier)
 
     def adapter_dir(self, identifier: str) -> Path:
@@ -151,9 +149,7 @@ def read_base(directory: Path, label: str) -> tuple[TensorIndex, dict[str, Weigh
     tensors = TensorIndex.open(directory, label)
     formats = _weight_formats(tensors)
     if config.quantization_config is None and any(stored.bits for stored in formats.values()):
-        raise BundleError(
-            mismatch(config_file, "quantization_config", "one for the packed weights", "nothing")
-        )
+        raise BundleError(mismatch(config_file, "quantization_config", "one for the packed weights", "nothing"))
     embeddings = tuple(name for name, stored in formats.items() if _is_embedding(name, stored, config))
     if not embeddings:
         raise BundleError(mismatch(config_file, "vocab_size", "the rows of an embedding", config.vocab_size))
@@ -198,9 +194,7 @@ def _check_tokenizer(data: bytes, file: str) -> None:
 
 
 def _weight_formats(tensors: TensorIndex) -> dict[str, WeightFormat]:
-    modules = [
-        name.removesuffix(".weight_packed") for name in tensors.names() if name.endswith(".weight_packed")
-    ]
+    modules = [name.removesuffix(".weight_packed") for name in tensors.names() if name.endswith(".weight_packed")]
     for name, info in tensors.tensors.items():
         module = name.removesuffix(".weight")
         if module != name and len(info.shape) == 2:
@@ -211,9 +205,7 @@ def _weight_formats(tensors: TensorIndex) -> dict[str, WeightFormat]:
 def _is_embedding(name: str, stored: WeightFormat, config: BaseConfig) -> bool:
     # An embedding stands outside of the numbered layers; lm_head has its shape but is a linear.
     parts = name.split(".")
-    return (
-        stored.shape[0] == config.vocab_size and parts[-1] != "lm_head" and not any(map(str.isdecimal, parts))
-    )
+    return stored.shape[0] == config.vocab_size and parts[-1] != "lm_head" and not any(map(str.isdecimal, parts))
 
 
 def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> None:
@@ -235,9 +227,7 @@ def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> 
         described.update(sites)
     for name, stored in formats.items():
         if stored.bits is not None and name not in described:
-            raise wrong(
-                "base.compression", f"an int{stored.bits} step with {name}, which is stored packed", "none"
-            )
+            raise wrong("base.compression", f"an int{stored.bits} step with {name}, which is stored packed", "none")
 
 
 def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:
@@ -275,9 +265,7 @@ def _check_exact(tensors: TensorIndex, expected: dict[str, tuple[int, ...]]) -> 
             raise BundleError(mismatch(tensors.file_of(name), name, wanted, found))
     for name in tensors.names():
         if name not in expected:
-            raise BundleError(
-                mismatch(tensors.file_of(name), name, f"only {', '.join(expected)}", "this tensor")
-            )
+            raise BundleError(mismatch(tensors.file_of(name), name, f"only {', '.join(expected)}", "this tensor"))
     if (name := tensors.first_nonfinite()) is not None:
         raise BundleError(mismatch(tensors.file_of(name), name, "finite values", "NaN or Inf"))
 
@@ -300,8 +288,6 @@ def _check_base_bytes(bundle: Bundle) -> None:
     stored = bundle.base.fingerprint()
     if stored != bundle.manifest.base.fingerprint:
         hint = "base/ is not the base that the adapters were trained for"
-        raise FingerprintError(
-            mismatch(FILE, "base.fingerprint", stored, bundle.manifest.base.fingerprint, hint)
-        )
+        raise FingerprintError(mismatch(FILE, "base.fingerprint", stored, bundle.manifest.base.fingerprint, hint))
     if (name := bundle.base.first_nonfinite()) is not None:
         raise BundleError(mismatch(bundle.base.file_of(name), name, "finite values", "NaN or Inf"))

@@ -55,7 +55,9 @@ def options(version: Annotated[bool, typer.Option("--version", help="Show the ve
 
 @app.command()
 def demo(
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)], json: Json = False, debug: Debug = False
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Write the embedded demo bundle: a small base, eight adapters and a router, really trained."""
     with reporting(debug):
@@ -126,7 +128,14 @@ def export(
         size = sum(entry.size for entry in package.manifest.files.values())
         changed = package.manifest.represented
         if json:
-            emit({"package": str(out_dir), "target": package.manifest.target, "bytes": size, "represented": changed})
+            emit(
+                {
+                    "package": str(out_dir),
+                    "target": package.manifest.target,
+                    "bytes": size,
+                    "represented": changed,
+                }
+            )
         else:
             out.print(f"Wrote {out_dir}: {len(package.manifest.adapters)} adapters, {megabytes(size)} in all.")
             if changed:
@@ -167,10 +176,9 @@ def validate(
 ) -> None:
     """Prove it: parity, safety, routing, task accuracy and latency, into PACKAGE/report. Exit code 3 if it failed."""
     with reporting(debug), progress() as say:
-        from calora_export import pipeline, report
+        from calora_export import pipeline
 
-        made, series = pipeline.validate(package, bundle, device, say)
-        report.write(made, package / "report", series)
+        made = pipeline.validate(package, bundle, device, say)
     if json:
         sys.stdout.write(made.to_json() + "\n")
     else:
@@ -196,7 +204,9 @@ def bench(package: PackagePath, device: Device = "host", json: Json = False, deb
 @app.command()
 def run(
     package: PackagePath,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Several are the turns of one chat.", show_default=False)],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="Several are the turns of one chat.", show_default=False)
+    ],
     adapter: Annotated[str, typer.Option("--adapter", help="auto, none, ID or ID=0.7,ID=0.3")] = "auto",
     limit: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens per answer.")] = 128,
     json: Json = False,
@@ -219,7 +229,7 @@ def run(
             emit({"package": str(package), "turns": turns})
 
 
-def take_turn(chat, prompt: str, mix, limit: int, *, quiet: bool) -> dict[str, object]:  # noqa: ANN001
+def take_turn(chat, prompt: str, mix, limit: int, *, quiet: bool) -> dict[str, object]:
     turn = chat.start(prompt, mix)
     chosen = ", ".join(f"{name} {gate:.2f}" for name, gate in turn.mix.items()) or "none, the base alone"
     if not quiet:
@@ -273,12 +283,15 @@ def show_rows(entries: Sequence[dict[str, str]]) -> None:
     out.print(table)
 
 
-def show_bundle(view) -> None:  # noqa: ANN001
+def show_bundle(view) -> None:
     base = view.base
     stored = ", ".join(f"{count} {kind}" for kind, count in base.stored.items())
     show_rows(
         [
-            {"bundle": "base", view.name: f"{base.architecture}, {base.parameters:,} parameters, {megabytes(base.bytes)}"},
+            {
+                "bundle": "base",
+                view.name: f"{base.architecture}, {base.parameters:,} parameters, {megabytes(base.bytes)}",
+            },
             {"bundle": "compression", view.name: "; ".join(base.compression) or "none"},
             {"bundle": "weights", view.name: stored},
             {"bundle": "fingerprint", view.name: base.fingerprint},
@@ -287,14 +300,19 @@ def show_bundle(view) -> None:  # noqa: ANN001
     show_adapters(view)
 
 
-def show_package(view) -> None:  # noqa: ANN001
+def show_package(view) -> None:
     model = view.model
     size = sum(entry.size for entry in view.files.values())
-    changed = f"{len(view.represented)} weights quantised by the recipe" if view.represented else "the bundle's own weights"
+    changed = (
+        f"{len(view.represented)} weights quantised by the recipe" if view.represented else "the bundle's own weights"
+    )
     show_rows(
         [
             {"package": "target", view.name: f"{view.target}, recipe {view.recipe}, {megabytes(size)}"},
-            {"package": "model", view.name: f"{model.architecture}, {model.layers} layers, {model.context} positions"},
+            {
+                "package": "model",
+                view.name: f"{model.architecture}, {model.layers} layers, {model.context} positions",
+            },
             {"package": "weights", view.name: changed},
             {"package": "slots", view.name: f"{view.slots} sites, gate {view.gate}"},
             {"package": "base", view.name: view.base_fingerprint},
@@ -310,7 +328,7 @@ def show_package(view) -> None:  # noqa: ANN001
     )
 
 
-def show_adapters(view) -> None:  # noqa: ANN001
+def show_adapters(view) -> None:
     out.print()
     show_rows(
         [
@@ -334,7 +352,7 @@ def show_adapters(view) -> None:  # noqa: ANN001
         out.print(f"router: {text}, {megabytes(router.bytes)}")
 
 
-def show_report(made, package: Path) -> None:  # noqa: ANN001
+def show_report(made, package: Path) -> None:
     show_rows(
         [
             {
@@ -377,7 +395,7 @@ def show_report(made, package: Path) -> None:  # noqa: ANN001
     out.print(f"{verdict} {made.package} on {made.device.name}. Report: {package / 'report' / 'report.html'}")
 
 
-def show_latency(made) -> None:  # noqa: ANN001
+def show_latency(made) -> None:
     out.print(
         f"load {number(made.load_ms)} ms  swap p50 {number(made.swap_ms.p50)} ms  prefill {number(made.prefill_tok_s)} tok/s  "
         f"decode {number(made.decode_tok_s)} tok/s  adapter tax {number(made.adapter_tax)}  mix of 2 {number(made.mix2_tax)}  "

@@ -80,18 +80,14 @@ def weight_format(tensors: TensorIndex, module: str) -> WeightFormat:
             raise BundleError(mismatch(tensors.file_of(dense), dense, "[out, in]", f"{list(info.shape)}"))
         if info.dtype not in FLOATS:
             hint = "compressed weights are read in compressed-tensors' pack-quantized layout"
-            raise UnsupportedError(
-                mismatch(tensors.file_of(dense), dense, " or ".join(FLOATS), info.dtype, hint)
-            )
+            raise UnsupportedError(mismatch(tensors.file_of(dense), dense, " or ".join(FLOATS), info.dtype, hint))
         return WeightFormat((info.shape[0], info.shape[1]), None, None)
     if dense in tensors.tensors:
         raise BundleError(mismatch(tensors.file_of(dense), dense, "either this or weight_packed", "both"))
     for extra, what in (("weight_zero_point", "zero points"), ("weight_g_idx", "an activation order")):
         name = f"{module}.{extra}"
         if name in tensors.tensors:
-            raise UnsupportedError(
-                mismatch(tensors.file_of(name), name, "symmetric groups in column order", what)
-            )
+            raise UnsupportedError(mismatch(tensors.file_of(name), name, "symmetric groups in column order", what))
     rows, columns = _stored_shape(tensors, f"{module}.weight_shape")
     return WeightFormat((rows, columns), _bits(tensors, packed, rows, columns),
                         _group_size(tensors, f"{module}.weight_scale", rows, columns))  # fmt: skip
@@ -104,9 +100,7 @@ def pack_int32(q: np.ndarray, bits: int) -> np.ndarray:
         raise ValueError(f"{q.shape[-1]} columns of {bits} bits do not fill 32-bit words")
     if q.size and (q.min() < -half or q.max() >= half):
         raise ValueError(f"values from {q.min()} to {q.max()} are not in [{-half}, {half - 1}]")
-    codes = np.ascontiguousarray(q, np.int8).view(np.uint8) + np.uint8(
-        half
-    )  # wraps: two's complement plus half
+    codes = np.ascontiguousarray(q, np.int8).view(np.uint8) + np.uint8(half)  # wraps: two's complement plus half
     if bits == 4:
         codes = codes & 15
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
@@ -132,9 +126,7 @@ def quantize_symmetric(weight: np.ndarray, bits: int, group_size: int) -> Packed
 
     rows, columns = weight.shape
     if bits not in BITS or columns % group_size:
-        raise ValueError(
-            f"expected 4 or 8 bits and groups that divide {columns}, found {bits} and {group_size}"
-        )
+        raise ValueError(f"expected 4 or 8 bits and groups that divide {columns}, found {bits} and {group_size}")
     groups = weight.astype(np.float32).reshape(rows, columns // group_size, group_size)
     top = (1 << (bits - 1)) - 1
     absmax = np.abs(groups).max(axis=2)

@@ -1,12 +1,12 @@
 """The exception tree.
 
-    CaloraError                 every error that a user can cause; the command line prints it in one line
-    ├── BundleError             what goes in is wrong
-    ├── PackageError            a package is wrong or has been changed
-    ├── RecipeError             a recipe or a device profile is wrong
-    ├── FingerprintError        an adapter and a base that were not trained for each other
-    ├── UnsupportedError        right, but not possible on this target
-    └── DeviceError             a device went away or refused
+CaloraError                 every error that a user can cause; the command line prints it in one line
+├── BundleError             what goes in is wrong
+├── PackageError            a package is wrong or has been changed
+├── RecipeError             a recipe or a device profile is wrong
+├── FingerprintError        an adapter and a base that were not trained for each other
+├── UnsupportedError        right, but not possible on this target
+└── DeviceError             a device went away or refused
 """
 
 from __future__ import annotations

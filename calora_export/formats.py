@@ -25,7 +25,11 @@ class Cell(Struct, frozen=True):
 
 def matrix() -> list[Cell]:
     """Every scheme that a bundle can hold × every recipe that ships."""
-    return [_cell(scheme, weight, name, recipe) for name, recipe in recipes.catalogue().items() for scheme, weight in _stored().items()]
+    return [
+        _cell(scheme, weight, name, recipe)
+        for name, recipe in recipes.catalogue().items()
+        for scheme, weight in _stored().items()
+    ]
 
 
 def _stored() -> dict[str, DenseWeight | PackedWeight]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import Node
 
 from calora_export.model import Rows, Shape, SlotModel
 
@@ -59,7 +57,13 @@ class _Flat(nn.Module):
         self.model, self.sites, self.last_only = model, sites, last_only
 
     def forward(
-        self, ids: Tensor, past: list[Tensor], downs: list[Tensor], ups: list[Tensor], gate: Tensor, recovery: Tensor
+        self,
+        ids: Tensor,
+        past: list[Tensor],
+        downs: list[Tensor],
+        ups: list[Tensor],
+        gate: Tensor,
+        recovery: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
         rows = Rows(dict(zip(self.sites, zip(downs, ups, strict=True), strict=True)), gate, recovery)
         return self.model(ids, past, rows, self.last_only)
@@ -75,7 +79,14 @@ def trace(model: SlotModel, slots: tuple[Slot, ...], *, last_only: bool, recover
     past = [torch.zeros(1, s.kv_heads, cached, s.head_dim) for _ in range(2 * s.layers)]
     downs = [torch.zeros(rank, slot.inputs) for slot in slots]
     ups = [torch.zeros(slot.outputs, rank) for slot in slots]
-    shapes = ({1: Dim("sequence", min=1)}, [None] * len(past), [None] * len(downs), [None] * len(ups), None, None)
+    shapes = (
+        {1: Dim("sequence", min=1)},
+        [None] * len(past),
+        [None] * len(downs),
+        [None] * len(ups),
+        None,
+        None,
+    )
     flat = _Flat(model, tuple(slot.site for slot in slots), last_only).eval()
     example = (ids, past, downs, ups, torch.zeros(rank), torch.zeros(rank, dtype=torch.bool))
     with torch.no_grad():

@@ -82,7 +82,9 @@ def _bundle(path: Path) -> BundleView:
     bundle = bundles.load(path)
     config = strict_json.read(path / "base" / "config.json", BaseConfig, "base/config.json")
     formats = {name: weight_format(bundle.base, name) for name in bundle.linears}
-    packed = {f"{name}.weight_{part}" for name, kept in formats.items() if kept.bits for part in ("packed", "scale", "shape")}
+    packed = {
+        f"{name}.weight_{part}" for name, kept in formats.items() if kept.bits for part in ("packed", "scale", "shape")
+    }
     other = sum(prod(bundle.base.info(name).shape) for name in bundle.base.names() if name not in packed)
     linear = sum(prod(kept.shape) for kept in formats.values() if kept.bits)
     steps = [
@@ -91,7 +93,12 @@ def _bundle(path: Path) -> BundleView:
     ]
     stored = Counter(f"int{kept.bits}" if kept.bits else "dense" for kept in formats.values())
     base = BaseView(
-        config.model_type, linear + other, bundle.base.nbytes, bundle.manifest.base.fingerprint, steps, dict(stored)
+        config.model_type,
+        linear + other,
+        bundle.base.nbytes,
+        bundle.manifest.base.fingerprint,
+        steps,
+        dict(stored),
     )
     spec = bundle.manifest.router
     return BundleView(
@@ -147,7 +154,12 @@ def _package(path: Path) -> PackageView:
 
 def _router(spec: manifest.RouterSpec, size: int) -> RouterView:
     chosen = spec.selection
-    parameter = {"top_p": f" p={chosen.p}", "top_k": f" k={chosen.k}", "threshold": f" {chosen.threshold}", "all": ""}
+    parameter = {
+        "top_p": f" p={chosen.p}",
+        "top_k": f" k={chosen.k}",
+        "threshold": f" {chosen.threshold}",
+        "all": "",
+    }
     selection = f"{chosen.select}{parameter[chosen.select]}, weights {chosen.weights}"
     return RouterView(spec.kind, spec.granularity, len(spec.classes), selection, size)
 

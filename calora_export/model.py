@@ -49,7 +49,10 @@ class Rows:
     def of(adapter: Adapter) -> Rows:
         """An adapter whose scale is folded into `up`, so that every gate is one."""
         sites = {
-            site: (torch.from_numpy(np.ascontiguousarray(rows.down)), torch.from_numpy(np.ascontiguousarray(rows.up)))
+            site: (
+                torch.from_numpy(np.ascontiguousarray(rows.down)),
+                torch.from_numpy(np.ascontiguousarray(rows.up)),
+            )
             for site, rows in adapter.sites.items()
         }
         return Rows(sites, torch.ones(adapter.rank), torch.from_numpy(adapter.recovery))
@@ -208,7 +211,11 @@ class SlotModel(nn.Module):
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
         with patch.object(self._modeling, "apply_rotary_pos_emb", remember):
             out = self.lm(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=int(last_only), calora=run
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=int(last_only),
+                calora=run,
             )
         return out.logits
 

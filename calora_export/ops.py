@@ -66,7 +66,7 @@ def linears(
 
 
 @linears.register_fake
-def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, round_activations):  # noqa: ANN001
+def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, round_activations):
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
@@ -80,7 +80,7 @@ def embedding(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @embedding.register_fake
-def _(ids, weight, scale):  # noqa: ANN001
+def _(ids, weight, scale):
     return torch.empty(*ids.shape, weight.shape[1], dtype=torch.float32, device=ids.device)
 
 
@@ -91,7 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @rms_norm.register_fake
-def _(x, weight, eps):  # noqa: ANN001
+def _(x, weight, eps):
     return torch.empty_like(x)
 
 
@@ -137,7 +137,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, past_key, past_value, cos, sin, scale, window, softcap):  # noqa: ANN001
+def _(q, k, v, past_key, past_value, cos, sin, scale, window, softcap):
     batch, heads, new, size = q.shape
     shape = (batch, k.shape[1], past_key.shape[2] + new, size)
     return q.new_empty(batch, new, heads * size), k.new_empty(shape), v.new_empty(shape)

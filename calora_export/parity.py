@@ -32,7 +32,9 @@ def sqnr_db(reference: np.ndarray, device: np.ndarray) -> float:
     return SQNR_EXACT_DB if noise == 0 else min(SQNR_EXACT_DB, 10 * float(np.log10(max(signal, 1e-30) / noise)))
 
 
-def effect_ratio(reference: np.ndarray, reference_base: np.ndarray, device: np.ndarray, device_base: np.ndarray) -> float:
+def effect_ratio(
+    reference: np.ndarray, reference_base: np.ndarray, device: np.ndarray, device_base: np.ndarray
+) -> float:
     """|device(adapter) - device(base)| / |reference(adapter) - reference(base)|: 0 for an adapter that does nothing."""
     effect = float(np.linalg.norm(reference.astype(np.float64) - reference_base))
     seen = float(np.linalg.norm(device.astype(np.float64) - device_base))

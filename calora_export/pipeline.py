@@ -1,134 +1,57 @@
-"""The flow: bundle → model with slots → graph → package, and packages afterwards."""
+"""The flow: bundle → model with slots → graph → package → report."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
-from calora_export import adapter_format, devices, runtimes, strict_json, targets
+from calora_export import adapter_format, devices, runtimes, targets, tokens
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import recipe as recipes
+from calora_export import report as reports
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
-from calora_export.compression import DenseWeight, PackedWeight, read_weight
-from calora_export.errors import BundleError, FingerprintError, PackageError, mismatch
+from calora_export.errors import FingerprintError, PackageError, mismatch
 from calora_export.manifest import check_id
-from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, Represented, RouterEntry, Slots
+from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, RouterEntry, Slots
 from calora_export.recipe import Recipe
-from calora_export.report import Report, Series
+from calora_export.report import Report
 from calora_export.sites import natural_key
 from calora_export.version import VERSION
+from calora_export.weights import Weights
+
+if TYPE_CHECKING:
+    from calora_export import graph
+    from calora_export.model import SlotModel
 
 LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime")
 GOLDEN_ADAPTERS = 8
 Progress = Callable[[str], None]
 
 
-def export(bundle_path: Path, out: Path, recipe_name: str, progress: Progress = lambda stage: None) -> Package:
-    """Lower a bundle into a package at `out`; everything is checked before the first slow step."""
+def silent(stage: str) -> None:
+    """Progress for callers that want none."""
+
+
+def export(bundle_path: Path, out: Path, recipe_name: str, progress: Progress = silent) -> Package:
+    """Lower a bundle into a package at `out`; everything that can be checked is checked before the first slow step."""
     recipe = recipes.load(recipe_name)
-    target = targets.names()
-    if recipe.target not in target:
-        raise recipes.RecipeError(mismatch(recipe_name, "target", f"one of {', '.join(target)}", recipe.target))
+    targets.require(recipe.target)
     progress("reading the bundle")
     bundle = bundles.load(bundle_path, deep=True)
-    loaded = [rows.load_adapter(bundle, spec.id) for spec in bundle.manifest.adapters]
-    _special_tokens(bundle)
+    special = tokens.special_tokens(bundle)
+    adapters = [rows.load_adapter(bundle, spec.id) for spec in bundle.manifest.adapters]
     with packages.written(out, packages.FILE) as directory:
-        _export(bundle, loaded, directory, recipe, Path(recipe_name).stem, progress)
+        job = _Export(bundle, adapters, directory, recipe, Path(recipe_name).stem, special)
+        job.run(targets.load(recipe.target), progress)
     return packages.load(out)
-
-
-def _export(
-    bundle: Bundle, loaded: list[Adapter], directory: Path, recipe: Recipe, recipe_name: str, progress: Progress
-) -> None:
-    from calora_export import golden, graph, model, routers  # torch and transformers take seconds to import
-
-    lowering = targets.load(recipe.target)
-    weights = Weights(bundle, recipe)
-    progress("composing the model")
-    composed = model.compose(bundle, weights, context=recipe.context, round_activations=recipe.activations == "int8")
-    progress("tracing the graph")
-    used = {site for adapter in loaded for site in adapter.sites}
-    sites = [site for group in composed.groups for site in group if site in used]
-    slots = tuple(graph.Slot(site, bundle.linears[site][1], bundle.linears[site][0]) for site in sites)
-    recovery = any(adapter.recovery.any() for adapter in loaded)
-    traced = graph.trace(composed, slots, last_only=recipe.logits == "last", recovery=recovery)
-    progress("lowering")
-    layout = lowering.lower(traced, recipe, directory, bundle.manifest.base.fingerprint)
-    progress("encoding adapters")
-    (directory / "adapters").mkdir()
-    entries = tuple(
-        _encode(adapter, spec.task, spec.class_index, layout, directory, recipe.target, bundle.manifest.base.fingerprint)
-        for adapter, spec in zip(loaded, bundle.manifest.adapters, strict=True)
-    )
-    _copy_tokenizer(bundle.path / "base", directory / "tokenizer")
-    router = None
-    reference = routers.load(bundle)
-    if reference is not None and bundle.manifest.router is not None:
-        progress("lowering the router")
-        file = lowering.lower_router(reference, directory)
-        _copy_tokenizer(bundle.path / "router", directory / "tokenizer" / "router")
-        router = RouterEntry(file, "tokenizer/router/tokenizer.json", bundle.manifest.router)
-    progress("computing golden logits")
-    golden.write(composed, loaded[:GOLDEN_ADAPTERS], bundle, directory / "golden")
-    bos, eos = _special_tokens(bundle)
-    info = ModelInfo(
-        file=lowering.MODEL,
-        architecture=composed.lm.config.model_type,
-        bos=bos,
-        eos=eos,
-        logits=recipe.logits,
-        **asdict(composed.shape),
-    )
-    manifest = Manifest(
-        schema_version=1,
-        name=bundle.manifest.name,
-        target=recipe.target,
-        recipe=recipe_name,
-        settings=recipe,
-        base_fingerprint=bundle.manifest.base.fingerprint,
-        model=info,
-        represented=tuple(weights.represented.values()),
-        slots=layout,
-        adapters=entries,
-        router=router,
-        tasks=bundle.manifest.tasks,
-        tokenizer="tokenizer/tokenizer.json",
-        files={},
-        versions=_versions(),
-    )
-    lowering.accompany(manifest, directory)
-    progress("hashing")
-    packages.write_manifest(directory, msgspec.structs.replace(manifest, files=packages.hash_files(directory)))
-
-
-@dataclass
-class Weights:
-    """The weights of a base as a recipe holds them; `represented` notes each one that is not as the bundle has it."""
-
-    bundle: Bundle
-    recipe: Recipe
-    represented: dict[str, Represented] = field(default_factory=dict)
-
-    def __call__(self, module: str) -> DenseWeight | PackedWeight:
-        stored = read_weight(self.bundle.base, module)
-        made = recipes.represent(self.recipe, module, stored)
-        if not made.exact:
-            original = stored.dequantize()
-            noise = float(np.square(original - made.weight.dequantize()).sum())
-            sqnr = 10 * np.log10(max(float(np.square(original).sum()), 1e-30) / max(noise, 1e-30))
-            scheme = self.recipe.rule(module).scheme
-            self.represented[module] = Represented(module, scheme, round(float(sqnr), 2))
-        return made.weight
 
 
 def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
@@ -145,7 +68,13 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
     index = max((entry.class_index for entry in manifest.adapters), default=-1) + 1
     try:
         entry = _encode(
-            adapter, adapter.id, index, manifest.slots, package.path, manifest.target, manifest.base_fingerprint
+            adapter,
+            adapter.id,
+            index,
+            manifest.slots,
+            package.path,
+            manifest.target,
+            manifest.base_fingerprint,
         )
         files = {**manifest.files, entry.file: packages.hash_file(package.path / entry.file)}
         packages.write_manifest(
@@ -168,10 +97,8 @@ def _require_slots(adapter_path: Path, slots: Slots) -> None:
         raise PackageError(mismatch(adapter_path, unknown[0], "a site with a slot in this package", "none", hint))
 
 
-def validate(
-    package_path: Path, bundle_path: Path, device: str, progress: Progress = lambda stage: None
-) -> tuple[Report, Series]:
-    """Compare a package on a device with its bundle in torch; bad input is refused before the slow part."""
+def validate(package_path: Path, bundle_path: Path, device: str = "host", progress: Progress = silent) -> Report:
+    """Compare a package on a device with its bundle in torch, and write PACKAGE/report; bad input is refused first."""
     package = packages.load(package_path)
     devices.require(device)
     bundle = bundles.load(bundle_path, deep=True)
@@ -181,7 +108,102 @@ def validate(
         raise FingerprintError(mismatch(bundle_path, "base.fingerprint", expected, found, hint))
     from calora_export import validation  # torch and transformers take seconds to import
 
-    return validation.validate(package, bundle, device, progress)
+    report, series = validation.validate(package, bundle, device, progress)
+    reports.write(report, package_path / "report", series)
+    return report
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One export into a directory that is not yet in its place."""
+
+    bundle: Bundle
+    adapters: list[Adapter]
+    directory: Path
+    recipe: Recipe
+    recipe_name: str
+    special: tuple[int | None, tuple[int, ...]]
+
+    def run(self, lowering: targets.Target, progress: Progress) -> None:
+        from calora_export import golden, model  # torch and transformers take seconds to import
+        from calora_export.graph import trace
+
+        progress("composing the model")
+        weights = Weights(self.bundle, self.recipe)
+        rounds = self.recipe.activations == "int8"
+        composed = model.compose(self.bundle, weights, context=self.recipe.context, round_activations=rounds)
+        progress("tracing the graph")
+        recovery = any(adapter.recovery.any() for adapter in self.adapters)
+        last_only = self.recipe.logits == "last"
+        traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
+        progress("lowering")
+        fingerprint = self.bundle.manifest.base.fingerprint
+        slots = lowering.lower(traced, self.recipe, self.directory, fingerprint)
+        progress("encoding adapters")
+        (self.directory / "adapters").mkdir()
+        specs = self.bundle.manifest.adapters
+        entries = tuple(
+            _encode(adapter, spec.task, spec.class_index, slots, self.directory, self.recipe.target, fingerprint)
+            for adapter, spec in zip(self.adapters, specs, strict=True)
+        )
+        tokens.copy_tokenizer(self.bundle.path / "base", self.directory / "tokenizer")
+        progress("lowering the router")
+        router = self._router(lowering)
+        progress("computing golden logits")
+        golden.write(composed, self.adapters[:GOLDEN_ADAPTERS], self.bundle, self.directory / "golden")
+        manifest = self._manifest(composed, lowering.MODEL, weights, slots, entries, router)
+        lowering.accompany(manifest, self.directory)
+        progress("hashing")
+        files = packages.hash_files(self.directory)
+        packages.write_manifest(self.directory, msgspec.structs.replace(manifest, files=files))
+
+    def _slots(self, composed: SlotModel) -> tuple[graph.Slot, ...]:
+        """A slot for every site that an adapter of the bundle names, in the order in which the model calls them."""
+        from calora_export.graph import Slot
+
+        used = {site for adapter in self.adapters for site in adapter.sites}
+        sites = [site for group in composed.groups for site in group if site in used]
+        return tuple(Slot(site, self.bundle.linears[site][1], self.bundle.linears[site][0]) for site in sites)
+
+    def _router(self, lowering: targets.Target) -> RouterEntry | None:
+        from calora_export import routers
+
+        spec, router = self.bundle.manifest.router, routers.load(self.bundle)
+        if spec is None or router is None:
+            return None
+        tokens.copy_tokenizer(self.bundle.path / "router", self.directory / "tokenizer" / "router")
+        return RouterEntry(lowering.lower_router(router, self.directory), "tokenizer/router/tokenizer.json", spec)
+
+    def _manifest(
+        self,
+        composed: SlotModel,
+        file: str,
+        weights: Weights,
+        slots: Slots,
+        entries: tuple[AdapterEntry, ...],
+        router: RouterEntry | None,
+    ) -> Manifest:
+        bos, eos = self.special
+        architecture = composed.lm.config.model_type
+        sizes = asdict(composed.shape)
+        model = ModelInfo(file=file, architecture=architecture, bos=bos, eos=eos, logits=self.recipe.logits, **sizes)
+        return Manifest(
+            schema_version=1,
+            name=self.bundle.manifest.name,
+            target=self.recipe.target,
+            recipe=self.recipe_name,
+            settings=self.recipe,
+            base_fingerprint=self.bundle.manifest.base.fingerprint,
+            model=model,
+            represented=tuple(weights.represented.values()),
+            slots=slots,
+            adapters=entries,
+            router=router,
+            tasks=self.bundle.manifest.tasks,
+            tokenizer="tokenizer/tokenizer.json",
+            files={},
+            versions=_versions(),
+        )
 
 
 def _encode(
@@ -206,34 +228,6 @@ def _encode(
         fingerprint=fingerprint,
         stated=adapter.fingerprint is not None,
     )
-
-
-def _copy_tokenizer(source: Path, out: Path) -> None:
-    """Tokenizer files only, in the form that the tokenizers library and the runtimes read."""
-    out.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-
-
-class _Generation(msgspec.Struct, frozen=True):
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-
-
-def _special_tokens(bundle: Bundle) -> tuple[int | None, tuple[int, ...]]:
-    """bos and eos ids: generation_config.json has the last word, as in transformers."""
-    base = bundle.path / "base"
-    found: Mapping[str, _Generation] = {
-        name: strict_json.read(base / name, _Generation, f"base/{name}")
-        for name in ("generation_config.json", "config.json")
-        if (base / name).is_file()
-    }
-    eos = next((g.eos_token_id for g in found.values() if g.eos_token_id is not None), None)
-    if eos is None:
-        raise BundleError(mismatch("base/config.json", "eos_token_id", "the token that ends an answer", "nothing"))
-    bos = next((g.bos_token_id for g in found.values() if g.bos_token_id is not None), None)
-    return bos, (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _versions() -> dict[str, str]:

@@ -103,9 +103,7 @@ def render(report: Report, series: Series) -> str:
         time_axis(series.decode_ms),
         time_axis({"": series.swap_ms}),
     )
-    template = _environment().from_string(
-        (files("calora_export") / "templates/report.html.j2").read_text("utf-8")
-    )
+    template = _environment().from_string((files("calora_export") / "templates/report.html.j2").read_text("utf-8"))
     return template.render(
         report=report,
         cases=rows_by_case(report),
@@ -115,9 +113,7 @@ def render(report: Report, series: Series) -> str:
         curve_plots=curve_plots(series, error),
         score_axis=score_axis(report),
         decode_axis=decode,
-        decode_histograms=[
-            histogram(name, times, decode) for name, times in series.decode_ms.items() if times
-        ],
+        decode_histograms=[histogram(name, times, decode) for name, times in series.decode_ms.items() if times],
         swap_axis=swap,
         swap_histograms=[histogram("swap", series.swap_ms, swap)] if series.swap_ms else [],
     )
@@ -197,9 +193,7 @@ def error_axis(report: Report, series: Series) -> Axis:
     shown = [value for row in report.parity for value in (row.prefill_max_abs, row.decode_max_abs)]
     shown += [value for errors in series.error.values() for value in errors]
     shown += [value for name, value in report.tolerances.items() if name.endswith("_max_abs")]
-    powers = [
-        math.log10(value) for value in shown if value is not None and math.isfinite(value) and value > 0
-    ]
+    powers = [math.log10(value) for value in shown if value is not None and math.isfinite(value) and value > 0]
     first, last = math.floor(min(powers, default=-6)), math.ceil(max(powers, default=-6))
     return Axis(10.0**first, 10.0 ** max(last, first + 2), log=True)
 
@@ -250,14 +244,10 @@ def curve_plots(series: Series, axis: Axis) -> tuple[CurvePlot, ...]:
     cases = dict.fromkeys(case for case, _ in series.error)
     plots = []
     for case in cases:
-        errors = {
-            against: values for (name, against), values in series.error.items() if name == case and values
-        }
+        errors = {against: values for (name, against), values in series.error.items() if name == case and values}
         positions = max((len(values) for values in errors.values()), default=0)
         curves = tuple(curve(against, values, axis) for against, values in errors.items())
-        plots.append(
-            CurvePlot(case, curves, positions, round(100 * min(series.prefill / max(positions, 1), 1.0), 2))
-        )
+        plots.append(CurvePlot(case, curves, positions, round(100 * min(series.prefill / max(positions, 1), 1.0), 2)))
     return tuple(plots)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from calora_export.compression import read_weight
 from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
-from calora_export.pipeline import Progress, Weights
 from calora_export.report import DeviceInfo, ParityRow, Report, RouterRow, Series, TaskRow
 from calora_export.router_text import RouterText
+from calora_export.weights import Weights
 
 PREFILL, DECODE = 32, 32
 ROUTES = 50
@@ -48,7 +48,7 @@ class Reference:
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
-def validate(package: Package, bundle: Bundle, device: str, progress: Progress) -> tuple[Report, Series]:
+def validate(package: Package, bundle: Bundle, device: str, progress: Callable[[str], None]) -> tuple[Report, Series]:
     """Parity, safety, router, tasks and latency of a package on a device. Nothing is written."""
     progress("checking files")
     altered = package.altered()
@@ -166,14 +166,22 @@ def _gates(router: routers.Router, ids: Sequence[int]) -> np.ndarray:
 
 
 def _report(
-    package: Package, bundle: Bundle, reference: Reference, job: Job, trace: Trace, device: str, altered: list[str]
+    package: Package,
+    bundle: Bundle,
+    reference: Reference,
+    job: Job,
+    trace: Trace,
+    device: str,
+    altered: list[str],
 ) -> tuple[Report, Series]:
     settings, answer = package.manifest.settings.parity, trace.answer
     parity_rows, errors = _parity(package, reference, job, trace)
     problems = [f"file: {line}" for line in altered]
     for row in parity_rows:
         limit = settings.source if row.against == "source" else settings.target
-        numbers = {name: getattr(row, name) for name in row.__struct_fields__ if name not in ("case", "against", "passed")}
+        numbers = {
+            name: getattr(row, name) for name in row.__struct_fields__ if name not in ("case", "against", "passed")
+        }
         problems += [f"{row.case} against {row.against}: {line}" for line in parity.failures(numbers, limit)]
     safety, lines = _judge_safety(answer)
     problems += lines
@@ -292,7 +300,9 @@ def _judge_tasks(
     for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):
         wanted = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
         on_device = made[:-1] == wanted and made[-1] in ends
-        in_torch = _completes(reference.source, reference.mix({adapter: 1.0}), tokenizer.encode(prompt).ids, wanted, ends)
+        in_torch = _completes(
+            reference.source, reference.mix({adapter: 1.0}), tokenizer.encode(prompt).ids, wanted, ends
+        )
         scores.setdefault(adapter, []).append((in_torch, on_device))
     made_rows = []
     for adapter, pairs in scores.items():
@@ -304,9 +314,7 @@ def _judge_tasks(
     return tuple(made_rows)
 
 
-def _completes(
-    torch_model: SlotModel, mix: Rows, prompt: Sequence[int], wanted: Sequence[int], ends: set[int]
-) -> bool:
+def _completes(torch_model: SlotModel, mix: Rows, prompt: Sequence[int], wanted: Sequence[int], ends: set[int]) -> bool:
     logits = golden.reference_logits(torch_model, mix, [*prompt, *wanted], len(prompt))
     best = logits.argmax(-1).tolist()
     return best[:-1] == list(wanted) and best[-1] in ends

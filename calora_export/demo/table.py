@@ -35,9 +35,7 @@ def table(results: dict) -> str:
         f"{results['parameters'] / 1e6:.2f} M parameters; {seconds['all']} s on {made['cores']} CPU cores, "
         f"of which {seconds['base']} s for the base; {versions}."
     )
-    return "\n\n".join(
-        ["\n".join(f"| {' | '.join(row)} |" for row in block) for block in (rows, router)] + [note]
-    )
+    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in block) for block in (rows, router)] + [note])
 
 
 def main() -> None:

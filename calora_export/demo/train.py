@@ -478,10 +478,7 @@ def score_router(plan: Plan, router: Router, tokenizer: PreTrainedTokenizerFast)
         wanted = torch.tensor([item.classes for item in items])
         right = router_logits(plan, router, tokenizer, sentences).argmax(-1).view_as(wanted) == wanted
         whole = router_logits(plan, router, tokenizer, [item.text for item in items])
-        exact = [
-            select_top_p(row, plan.router_p) == set(item.classes)
-            for row, item in zip(whole, items, strict=True)
-        ]
+        exact = [select_top_p(row, plan.router_p) == set(item.classes) for row, item in zip(whole, items, strict=True)]
         scores += [percentage(right.all(1).tolist()), percentage(exact)]
     return RouterScores(*scores)
 
@@ -714,10 +711,7 @@ def train_demo(plan: Plan, out: Path) -> dict[str, object]:
         "cores": CORES,
         "seconds": {"base": round(base_seconds), "all": round(time.perf_counter() - start)},
         "versions": {"python": platform.python_version()}
-        | {
-            name: metadata.version(name)
-            for name in ("torch", "transformers", "peft", "tokenizers", "safetensors")
-        },
+        | {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors")},
     }
     write_json(bundle / "bundle.json", bundle_manifest(plan, fingerprint(bundle / "base"), provenance))
     results = {

@@ -1,6 +1,6 @@
 """Where a package is run: one module per transport. A device only sees a Package.
 
-    host    this machine, in a process of its own without torch
+host    this machine, in a process of its own without torch
 """
 
 from __future__ import annotations

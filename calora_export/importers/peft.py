@@ -44,9 +44,7 @@ def import_peft(base: Path, adapters: Sequence[Path], out: Path, name: str | Non
     ids = _ids(adapters)
     _check_out(out)
     if not base.is_dir():
-        raise BundleError(
-            mismatch(base, "base", "a model directory", "a file" if base.exists() else "nothing")
-        )
+        raise BundleError(mismatch(base, "base", "a model directory", "a file" if base.exists() else "nothing"))
     read_base_config(base, str(base))  # refuse what is not read before copying gigabytes
     with _staged(out) as staging:
         _copy_base(base, staging / "base")
@@ -77,9 +75,7 @@ def _ids(adapters: Sequence[Path]) -> list[str]:
     ids: list[str] = []
     for path in adapters:
         if not path.is_dir():
-            raise BundleError(
-                mismatch(path, "adapter", "a directory", "a file" if path.exists() else "nothing")
-            )
+            raise BundleError(mismatch(path, "adapter", "a directory", "a file" if path.exists() else "nothing"))
         identifier = path.resolve().name
         check_id(identifier, str(path), "directory name")
         if identifier in ids:
@@ -131,9 +127,7 @@ def _weight_files(base: Path) -> list[str]:
         shards = sorted(set(strict_json.read(index, _WeightsIndex, str(index)).weight_map.values()))
         for shard in shards:
             if Path(shard).name != shard or not (base / shard).is_file():
-                raise BundleError(
-                    mismatch(index, "weight_map", "files beside it", f"{shard}, which is not there")
-                )
+                raise BundleError(mismatch(index, "weight_map", "files beside it", f"{shard}, which is not there"))
         return shards
     if (base / "model.safetensors").is_file():
         return ["model.safetensors"]
@@ -141,15 +135,11 @@ def _weight_files(base: Path) -> list[str]:
     if not files:
         pickles = sorted(file.name for file in base.glob("*.bin"))
         hint = "pickles are not loaded: save_pretrained the model again as safetensors" if pickles else ""
-        raise BundleError(
-            mismatch(base, "*.safetensors", "at least one file", pickles[0] if pickles else "none", hint)
-        )
+        raise BundleError(mismatch(base, "*.safetensors", "at least one file", pickles[0] if pickles else "none", hint))
     return files
 
 
-def _import_adapter(
-    source: Path, destination: Path, linears: Mapping[str, tuple[int, int]]
-) -> tuple[Branch, ...]:
+def _import_adapter(source: Path, destination: Path, linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:
     """Check and copy one adapter's two files; its branches."""
     config = adapter_format.read_config(source, str(source))
     tensors = adapter_format.open_weights(source, str(source))

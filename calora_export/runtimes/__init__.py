@@ -1,7 +1,7 @@
 """How a package is opened where this process runs: one module per target, found by its file name.
 
-    open_session(package, threads) -> Session
-    encode_adapter(adapter, slots, fingerprint, path) -> None
+open_session(package, threads) -> Session
+encode_adapter(adapter, slots, fingerprint, path) -> None
 """
 
 from __future__ import annotations

@@ -55,7 +55,13 @@ def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
         arrays[slots.recovery] = adapter.recovery.astype(np.float32)
     elif adapter.recovery.any():
         raise UnsupportedError(
-            mismatch(adapter.id, "branches", "linear ones only", "recovery", "export again from a bundle with recovery")
+            mismatch(
+                adapter.id,
+                "branches",
+                "linear ones only",
+                "recovery",
+                "export again from a bundle with recovery",
+            )
         )
     return arrays
 

@@ -1,9 +1,9 @@
 """One module per target, found by its file name. A target only sees a Graph.
 
-    lower(graph, recipe, directory, fingerprint) -> Slots      writes the model's files, says where adapters go
-    lower_router(router, directory) -> str                     writes the router, says its file's name
-    accompany(manifest, directory) -> None                     writes what the runtime's own tools look for
-    MODEL                                                      the model's file in the package
+lower(graph, recipe, directory, fingerprint) -> Slots      writes the model's files, says where adapters go
+lower_router(router, directory) -> str                     writes the router, says its file's name
+accompany(manifest, directory) -> None                     writes what the runtime's own tools look for
+MODEL                                                      the model's file in the package
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Target(Protocol):
     def accompany(self, manifest: Manifest, directory: Path) -> None: ...
 
     @property
-    def MODEL(self) -> str: ...  # noqa: N802
+    def MODEL(self) -> str: ...
 
 
 def names() -> tuple[str, ...]:
@@ -40,8 +40,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
-def load(name: str) -> Target:
-    """Import one target."""
+def require(name: str) -> None:
+    """Refuse a target that does not exist, without importing one that does."""
     if name not in names():
         raise RecipeError(mismatch("recipe", "target", f"one of {', '.join(names())}", repr(name)))
+
+
+def load(name: str) -> Target:
+    """Import one target."""
+    require(name)
     return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]

@@ -78,7 +78,12 @@ class Builder:
         self.initializers[value.name] = value
 
     def stored(
-        self, name: str, make: Callable[[], np.ndarray], shape: Sequence[int], dtype: ir.DataType, key: str = ""
+        self,
+        name: str,
+        make: Callable[[], np.ndarray],
+        shape: Sequence[int],
+        dtype: ir.DataType,
+        key: str = "",
     ) -> ir.Value:
         """A constant in the data file; `key` lets two of them share bytes under different shapes."""
         if name not in self.initializers:

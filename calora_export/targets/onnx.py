@@ -105,7 +105,7 @@ class _Weight:
         """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers."""
         if self.scale.numel() == 0:
             return 0
-        return 4 if -8 <= int(self.values.min()) and int(self.values.max()) <= 7 else 8
+        return 4 if int(self.values.min()) >= -8 and int(self.values.max()) <= 7 else 8
 
     @property
     def layout(self) -> tuple[int, int, bool]:
@@ -388,7 +388,12 @@ class _Lowering:
             return
         x, weight, eps = node.args
         self.values[node] = self.build.emit(
-            "SimplifiedLayerNormalization", self.value(x), self.value(weight), epsilon=eps, axis=-1, stash_type=1
+            "SimplifiedLayerNormalization",
+            self.value(x),
+            self.value(weight),
+            epsilon=eps,
+            axis=-1,
+            stash_type=1,
         )
 
     def lower_add(self, node: Node) -> None:

@@ -1,0 +1,33 @@
+"""The weights of a base as a recipe holds them, and a note of each one that is not as the bundle has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from calora_export import recipe as recipes
+from calora_export.bundle import Bundle
+from calora_export.compression import DenseWeight, PackedWeight, read_weight
+from calora_export.package import Represented
+from calora_export.recipe import Recipe
+
+
+@dataclass
+class Weights:
+    """Called with a module's name, gives its weight; `represented` grows by those that were quantised."""
+
+    bundle: Bundle
+    recipe: Recipe
+    represented: dict[str, Represented] = field(default_factory=dict)
+
+    def __call__(self, module: str) -> DenseWeight | PackedWeight:
+        stored = read_weight(self.bundle.base, module)
+        made = recipes.represent(self.recipe, module, stored)
+        if not made.exact:
+            original = stored.dequantize()
+            noise = float(np.square(original - made.weight.dequantize()).sum())
+            sqnr = 10 * np.log10(max(float(np.square(original).sum()), 1e-30) / max(noise, 1e-30))
+            scheme = self.recipe.rule(module).scheme
+            self.represented[module] = Represented(module, scheme, round(float(sqnr), 2))
+        return made.weight
