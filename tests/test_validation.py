@@ -1,0 +1,374 @@
+"""Every check of `validate` must be able to fail: here each is made to, and the right line turns red.
+
+Tampered packages list their own hashes, so that only the numbers can tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from calora_export import cli, devices, measuring, pipeline, runtimes, validation
+from calora_export.devices import host
+from calora_export.errors import DeviceError, FingerprintError
+from calora_export.report import Report
+from calora_export.runtimes import Mix, onnx
+from tests.bundles import edit_json, tiny_bundle
+from tests.tampering import (
+    Arrays,
+    adapter_file,
+    copy_package,
+    edit_adapter,
+    edit_router,
+    edit_weight,
+    refresh,
+)
+
+ALPHA = {"adapter:alpha", "mix:alpha+beta", "route:alpha+beta"}
+EVERY = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta"}
+SAFE = {"aba_bit_identical": True, "kv_isolated": True, "wrong_base_refused": True}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny matrices on several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(measuring, "threads", lambda: 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's own code, without a process of its own for each test."""
+    monkeypatch.setattr(devices, "run", lambda device, package, job: host.answer(package, job))
+
+
+@pytest.fixture
+def copy(package: Path, tmp_path: Path) -> Path:
+    return copy_package(package, tmp_path / "package")
+
+
+def validated(package: Path, bundle: Path) -> Report:
+    return pipeline.validate(package, bundle, "host")[0]
+
+
+def red(report: Report, against: str) -> set[str]:
+    return {row.case for row in report.parity if row.against == against and not row.passed}
+
+
+def kinds(report: Report) -> set[str]:
+    """The first word of every problem."""
+    return {problem.replace(":", " ").split()[0] for problem in report.problems}
+
+
+# ── a good package ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_untouched_package_passes(copy: Path, tiny: Path) -> None:
+    report = validated(copy, tiny)
+    assert report.passed and report.problems == ()
+    assert {(row.case, row.against) for row in report.parity} == {
+        (case, against) for case in EVERY for against in ("source", "target")
+    }
+    assert report.router is not None and report.router.cases >= 50
+
+
+@pytest.mark.usefixtures("in_process")
+def test_fp32_needs_no_second_reference(package_fp32: Path, tiny: Path) -> None:
+    report = validated(package_fp32, tiny)
+    assert report.passed, report.problems
+    assert {row.against for row in report.parity} == {"source"}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_bundle_without_adapters_and_router_validates(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle", adapters=(), router=False)
+    pipeline.export(bundle, tmp_path / "package", "onnx-int4")
+    report = validated(tmp_path / "package", bundle)
+    assert report.passed, report.problems
+    assert {row.case for row in report.parity} == {"base"}
+    assert report.router is None and report.tasks == ()
+
+
+# ── adapters ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("in_process")
+def test_one_corrupt_tensor_of_an_adapter_turns_its_rows_red_and_no_other(copy: Path, tiny: Path) -> None:
+    edit_adapter(copy, "alpha", lambda arrays: negate(arrays["model.layers.0.self_attn.q_proj.up"]))
+    report = validated(copy, tiny)
+    assert not report.passed
+    assert red(report, "source") <= red(report, "target") == ALPHA
+    assert "adapter:alpha" in red(report, "source")
+    assert kinds(report) <= {"adapter", "mix", "route", "task"}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_adapter_that_does_nothing_has_an_effect_ratio_of_zero(copy: Path, tiny: Path) -> None:
+    def silence(arrays: Arrays) -> None:
+        for name, array in arrays.items():
+            if name.endswith(".up"):
+                array[:] = 0
+
+    edit_adapter(copy, "alpha", silence)
+    report = validated(copy, tiny)
+    assert red(report, "source") == red(report, "target") == ALPHA
+    ratios = {row.effect_ratio for row in report.parity if row.case == "adapter:alpha"}
+    assert ratios == {0.0}, "gate 0 is the base, bit for bit"
+    assert any(line.startswith("adapter:alpha against source: effect_ratio 0 is") for line in report.problems)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_two_swapped_adapters_are_both_red(copy: Path, tiny: Path) -> None:
+    first, second = adapter_file(copy, "alpha"), adapter_file(copy, "beta")
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    refresh(copy)
+    report = validated(copy, tiny)
+    for against in ("source", "target"):
+        assert {"adapter:alpha", "adapter:beta"} <= red(report, against)
+        assert "base" not in red(report, against)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_nan_is_red_and_null(copy: Path, tiny: Path) -> None:
+    edit_adapter(copy, "alpha", lambda arrays: arrays["model.layers.1.self_attn.v_proj.up"].fill(np.nan))
+    report = validated(copy, tiny)
+    assert red(report, "source") == red(report, "target") == ALPHA
+    rows = json.loads(report.to_json())["parity"]
+    broken = [row for row in rows if row["case"] == "adapter:alpha"]
+    assert {row["decode_max_abs"] for row in broken} == {None}
+
+
+# ── base ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_perturbed_base_weight_turns_the_base_red(copy: Path, tiny: Path) -> None:
+    edit_weight(copy, "model.layers.0.mlp.down_proj.weight.q4", lambda q: roll(q))
+    report = validated(copy, tiny)
+    assert red(report, "source") >= {"base"} and red(report, "target") == EVERY
+    assert "router" not in kinds(report) and "safety" not in kinds(report)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_fp32_notices_one_number(package_fp32: Path, tiny: Path, tmp_path: Path) -> None:
+    copy = copy_package(package_fp32, tmp_path / "package")
+
+    def nudge(weight: np.ndarray) -> None:
+        weight[5, 7] += 0.1
+
+    edit_weight(copy, "model.layers.0.mlp.down_proj.weight.T", nudge)
+    assert red(validated(copy, tiny), "source") == EVERY
+
+
+# ── router ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_router_with_shuffled_classes_decides_otherwise(copy: Path, tiny: Path) -> None:
+    def shuffle(arrays: Arrays) -> None:
+        for name in ("classifier.layers.2.weight", "classifier.layers.2.bias"):
+            arrays[name][:] = arrays[name][::-1].copy()
+
+    edit_router(copy, shuffle)
+    assert_only_the_router_is_red(validated(copy, tiny))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_shuffled_names_of_the_classes_are_other_decisions(copy: Path, tiny: Path) -> None:
+    edit_json(copy / "package.json", lambda manifest: manifest["router"]["spec"]["classes"].reverse())
+    assert_only_the_router_is_red(validated(copy, tiny))
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("change", [{"template": "{text} please"}, {"max_length": 2}])
+def test_a_router_that_reads_another_text_is_red(copy: Path, tiny: Path, change: dict[str, object]) -> None:
+    edit_json(copy / "package.json", lambda manifest: manifest["router"]["spec"].update(change))
+    report = validated(copy, tiny)
+    assert kinds(report) == {"router"} and not report.passed
+
+
+@pytest.mark.usefixtures("in_process")
+def test_slightly_wrong_gates_are_red_though_the_decisions_are_equal(copy: Path, tiny: Path) -> None:
+    def tilt(arrays: Arrays) -> None:
+        arrays["classifier.layers.2.bias"][0] += 0.003
+
+    edit_router(copy, tilt)
+    report = validated(copy, tiny)
+    assert report.router is not None and report.router.decisions_equal
+    assert [problem.split(" is ")[0][:21] for problem in report.problems] == ["router: gates_max_abs"]
+
+
+def assert_only_the_router_is_red(report: Report) -> None:
+    assert not report.passed and kinds(report) == {"router"}
+    assert report.router is not None and not report.router.decisions_equal
+    assert red(report, "source") == red(report, "target") == set()
+
+
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_changed_file_is_named_even_when_no_number_changes(copy: Path, tiny: Path) -> None:
+    file = copy / "golden" / "golden.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    report = validated(copy, tiny)
+    assert not report.passed and red(report, "source") == red(report, "target") == set()
+    (problem,) = report.problems
+    assert problem.startswith("file: golden/golden.safetensors: sha256: expected ")
+
+
+def test_another_bundle_is_refused_with_both_fingerprints(package: Path, tmp_path: Path) -> None:
+    other = tiny_bundle(tmp_path / "other", compressed=False, router=False)
+    prints = [json.loads((package / "package.json").read_text())["base_fingerprint"]]
+    prints.append(json.loads((other / "bundle.json").read_text())["base"]["fingerprint"])
+    with pytest.raises(FingerprintError) as caught:
+        pipeline.validate(package, other, "host")
+    assert prints[0] != prints[1] and all(one in str(caught.value) for one in prints)
+
+
+def test_an_unknown_device_is_refused(package: Path, tiny: Path) -> None:
+    with pytest.raises(DeviceError, match="--device: phone: expected one of .*host"):
+        pipeline.validate(package, tiny, "phone")
+
+
+# ── safety: sessions that misbehave ───────────────────────────────────────────────────────────────
+
+
+class KeepsCache(onnx.OnnxSession):
+    """Takes a conversation of one length along when the adapters change: the one that the check begins."""
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        begun = (validation.PREFILL + validation.DECODE) // 2
+        super().select(mix, keep_cache=keep_cache or self._cache.length == begun)
+
+
+class Gullible(onnx.OnnxSession):
+    def admit(self, path: Path) -> None:
+        pass
+
+
+class WearsOut(onnx.OnnxSession):
+    """Each swap changes the adapter that was active by a thousandth."""
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        if "alpha" in self.mix and "alpha" not in mix:
+            arrays = self._adapters["alpha"].arrays()
+            worn = {n: array * np.float32(1.001 if n.endswith(".up") else 1) for n, array in arrays.items()}
+            self._adapters["alpha"] = onnx.Tensors.of(worn)
+        super().select(mix, keep_cache=keep_cache)
+
+    @property
+    def mix(self) -> Mix:
+        return self._mix if "_mix" in self.__dict__ else {}
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("double", "flag", "line"),
+    [
+        (KeepsCache, "kv_isolated", "a KV cache filled under one adapter was read under another"),
+        (Gullible, "wrong_base_refused", "an adapter that says it is for another base was not refused"),
+        (WearsOut, "aba_bit_identical", "the first adapter's logits changed after a swap to another and back"),
+    ],
+)
+def test_a_session_that_misbehaves_is_caught(
+    package: Path,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    double: type[onnx.OnnxSession],
+    flag: str,
+    line: str,
+) -> None:
+    runtime = SimpleNamespace(open_session=double, suffix=onnx.suffix, encode_adapter=onnx.encode_adapter)
+    monkeypatch.setattr(runtimes, "load", lambda target: runtime)
+    report = validated(package, tiny)
+    assert not report.passed and report.problems == (f"safety: {line}",)
+    flags = json.loads(report.to_json())["safety"]
+    assert flags == SAFE | {flag: False}
+
+
+# ── the command ───────────────────────────────────────────────────────────────────────────────────
+
+PARITY = {
+    "case",
+    "against",
+    "prefill_max_abs",
+    "decode_max_abs",
+    "kl_max",
+    "top1_agreement",
+    "sqnr_db",
+    "effect_ratio",
+    "passed",
+}
+LATENCY = {
+    "load_ms",
+    "swap_ms",
+    "first_token_after_swap_ms",
+    "prefill_tok_s",
+    "decode_tok_s",
+    "adapter_tax",
+    "mix2_tax",
+    "router_ms",
+    "peak_rss_mb",
+    "threads",
+    "samples",
+}
+
+
+def test_validate_json_is_the_documented_document(copy: Path, tiny: Path) -> None:
+    """In the host's own process, as a user runs it."""
+    done = CliRunner().invoke(cli.app, ["validate", str(copy), "--bundle", str(tiny), "--json"])
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    keys = {"package", "target", "passed", "device", "parity", "safety", "router", "tasks", "latency"}
+    assert keys <= set(document)
+    assert document["target"] == "onnx" and document["passed"] is True
+    assert set(document["device"]) == {"name", "kind", "arch", "os", "emulated"}
+    assert document["device"]["kind"] == "host" and document["device"]["emulated"] is False
+    assert all(set(row) == PARITY for row in document["parity"])
+    assert {row["case"] for row in document["parity"]} == EVERY
+    assert document["safety"] == SAFE
+    assert set(document["router"]) == {"cases", "decisions_equal", "gates_max_abs", "accuracy"}
+    assert {row["adapter"] for row in document["tasks"]} == {"alpha", "beta"}
+    assert all(
+        set(row) == {"adapter", "metric", "reference", "device", "passed"} for row in document["tasks"]
+    )
+    assert set(document["latency"]) == LATENCY and set(document["latency"]["swap_ms"]) == {"p50", "p90"}
+    numbers = {name: value for name, value in document["latency"].items() if name != "swap_ms"}
+    assert all(value is not None and value > 0 for value in numbers.values()), numbers
+    assert json.loads((copy / "report" / "report.json").read_text()) == document
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_failed_validation_exits_with_3_and_still_writes_its_report(copy: Path, tiny: Path) -> None:
+    edit_json(copy / "package.json", lambda manifest: manifest["router"]["spec"]["classes"].reverse())
+    command = ["validate", str(copy), "--bundle", str(tiny)]
+    plain = CliRunner().invoke(cli.app, command)
+    assert plain.exit_code == 3
+    assert "FAILED" in plain.stdout and "router: the device chose other adapters" in plain.stdout
+    written = json.loads((copy / "report" / "report.json").read_text())
+    assert written["passed"] is False and written["router"]["decisions_equal"] is False
+    assert "<html" in (copy / "report" / "report.html").read_text()
+
+
+def negate(array: np.ndarray) -> None:
+    array *= -1
+
+
+def roll(array: np.ndarray) -> None:
+    array[:] = np.roll(array, 1, axis=0)
