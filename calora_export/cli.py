@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
@@ -18,10 +18,17 @@ from rich.table import Table
 from calora_export.errors import CaloraError
 from calora_export.version import VERSION
 
-OK, WRONG_INPUT, FAILED = 0, 1, 3
+if TYPE_CHECKING:
+    from calora_export.generation import Chat
+    from calora_export.inspection import BundleView, PackageView
+    from calora_export.pipeline import Progress
+    from calora_export.report import Latency, Report
+    from calora_export.runtimes import Mix
+
+WRONG_INPUT, FAILED = 1, 3
 
 app = typer.Typer(
-    help="Export a trained CA-LoRA bundle to a phone: base stored once, adapters swapped, mixed and routed at run time.",
+    help="Export a trained CA-LoRA bundle to a phone: one base; adapters swapped, mixed and routed at run time.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -229,7 +236,7 @@ def run(
             emit({"package": str(package), "turns": turns})
 
 
-def take_turn(chat, prompt: str, mix, limit: int, *, quiet: bool) -> dict[str, object]:
+def take_turn(chat: Chat, prompt: str, mix: Mix | None, limit: int, *, quiet: bool) -> dict[str, object]:
     turn = chat.start(prompt, mix)
     chosen = ", ".join(f"{name} {gate:.2f}" for name, gate in turn.mix.items()) or "none, the base alone"
     if not quiet:
@@ -283,7 +290,7 @@ def show_rows(entries: Sequence[dict[str, str]]) -> None:
     out.print(table)
 
 
-def show_bundle(view) -> None:
+def show_bundle(view: BundleView) -> None:
     base = view.base
     stored = ", ".join(f"{count} {kind}" for kind, count in base.stored.items())
     show_rows(
@@ -300,7 +307,7 @@ def show_bundle(view) -> None:
     show_adapters(view)
 
 
-def show_package(view) -> None:
+def show_package(view: PackageView) -> None:
     model = view.model
     size = sum(entry.size for entry in view.files.values())
     changed = (
@@ -328,7 +335,7 @@ def show_package(view) -> None:
     )
 
 
-def show_adapters(view) -> None:
+def show_adapters(view: BundleView | PackageView) -> None:
     out.print()
     show_rows(
         [
@@ -352,7 +359,7 @@ def show_adapters(view) -> None:
         out.print(f"router: {text}, {megabytes(router.bytes)}")
 
 
-def show_report(made, package: Path) -> None:
+def show_report(made: Report, package: Path) -> None:
     show_rows(
         [
             {
@@ -395,10 +402,11 @@ def show_report(made, package: Path) -> None:
     out.print(f"{verdict} {made.package} on {made.device.name}. Report: {package / 'report' / 'report.html'}")
 
 
-def show_latency(made) -> None:
+def show_latency(made: Latency) -> None:
     out.print(
-        f"load {number(made.load_ms)} ms  swap p50 {number(made.swap_ms.p50)} ms  prefill {number(made.prefill_tok_s)} tok/s  "
-        f"decode {number(made.decode_tok_s)} tok/s  adapter tax {number(made.adapter_tax)}  mix of 2 {number(made.mix2_tax)}  "
+        f"load {number(made.load_ms)} ms  swap p50 {number(made.swap_ms.p50)} ms  "
+        f"prefill {number(made.prefill_tok_s)} tok/s  decode {number(made.decode_tok_s)} tok/s  "
+        f"adapter tax {number(made.adapter_tax)}  mix of 2 {number(made.mix2_tax)}  "
         f"router {number(made.router_ms)} ms  peak {number(made.peak_rss_mb)} MB  ({made.threads} threads)",
         highlight=False,
     )
@@ -413,7 +421,7 @@ def megabytes(size: int) -> str:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator:
+def progress() -> Iterator[Progress]:
     """A spinner with the stage's name on a terminal, silence in a pipe."""
     if not err.is_terminal:
         yield lambda stage: None

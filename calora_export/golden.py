@@ -50,7 +50,7 @@ def reference_logits(model: SlotModel, rows: Rows, ids: Sequence[int], prefill: 
 
 
 def write(model: SlotModel, adapters: Sequence[Adapter], bundle: Bundle, directory: Path) -> None:
-    """golden.safetensors: `ids`, and logits [DECODE + 1, vocab] for `base` and each `adapter:<id>`, after PREFILL tokens."""
+    """golden.safetensors: `ids`, and logits [DECODE + 1, vocab] of `base` and each `adapter:<id>`."""
     directory.mkdir()
     ids = stream(bundle, min(PREFILL + DECODE, model.shape.context))
     prefill = len(ids) - DECODE

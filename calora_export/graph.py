@@ -37,7 +37,7 @@ class Graph:
     tensors: Mapping[str, Tensor]
 
     def roles(self) -> dict[str, str]:
-        """Placeholder name → role: `ids`, `past.3`, `down.<site>`, `up.<site>`, `gate`, `recovery` or a tensor's name."""
+        """Placeholder → role: `ids`, `past.3`, `down.<site>`, `up.<site>`, `gate`, `recovery` or a tensor's name."""
         signature = self.program.graph_signature
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = dict(signature.inputs_to_lifted_tensor_constants)

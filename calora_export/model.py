@@ -1,7 +1,7 @@
 """A Hugging Face causal LM whose linear layers have slots.
 
-The architecture stays the library's: attention, rotary embedding, norms and linears are replaced by ours where they meet
-the device, everything between them runs as transformers wrote it. Run eagerly it is the reference; traced, the graph.
+The architecture stays the library's: attention, rotary embedding, norms and linears are ours, since they meet the
+device; everything between them runs as transformers wrote it. Run eagerly it is the reference; traced, the graph.
 """
 
 from __future__ import annotations
@@ -286,7 +286,8 @@ def _read_config(bundle: Bundle) -> transformers.PretrainedConfig:
     wanted = f"a causal LM that transformers {transformers.__version__} knows"
     if model_type in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config = transformers.AutoConfig.from_pretrained(bundle.path / "base", local_files_only=True)
-        if transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:  # type: ignore[attr-defined]
+        causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if causal._supports_attention_backend:  # type: ignore[attr-defined]
             return config
         wanted = "an architecture whose attention can be exchanged"
     raise UnsupportedError(mismatch("base/config.json", "model_type", wanted, model_type))

@@ -118,7 +118,7 @@ def attention(
     """Causal attention of S new positions behind P cached ones.
 
     q [B, H, S, D]; k, v [B, KV, S, D] before rotation; past_key, past_value [B, KV, P, D] after it; cos, sin
-    [positions, rotary / 2] or empty for no rotation; window > 0 looks back that far only; softcap > 0 bounds the scores.
+    [positions, rotary / 2] or empty for no rotation; window > 0 looks back only that far; softcap > 0 bounds scores.
     Returns out [B, S, H·D], key and value [B, KV, P + S, D].
     """
     past, new = past_key.shape[2], q.shape[2]

@@ -100,7 +100,7 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
 
 
 def _regrouped(weight: PackedWeight, module: str) -> PackedWeight:
-    """The same numbers in groups that kernels take, 16 to 128 and a power of two: a longer group's scale is repeated."""
+    """The same numbers in groups that kernels take, 16 to 128 and a power of two: a longer one's scale is repeated."""
     size = min(weight.group_size & -weight.group_size, 128)
     if size == weight.group_size:
         return weight

@@ -294,7 +294,7 @@ def _judge_router(package: Package, bundle: Bundle, reference: Reference, trace:
 def _judge_tasks(
     bundle: Bundle, reference: Reference, answer: Answer, ends: set[int], points: float
 ) -> tuple[TaskRow, ...]:
-    """Exact match in percent. Greedy generation is right when every arg max is, so the reference needs one pass each."""
+    """Exact match in percent. Greedy generation is right when every arg max is: one pass each for the reference."""
     tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
     scores: dict[str, list[tuple[bool, bool]]] = {}
     for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):
