@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from calora_export import resources
 from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
@@ -18,7 +19,8 @@ Weight = DenseWeight | PackedWeight
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to hold the weights of some modules. The first rule whose pattern matches the module's name wins.
+    """How to hold the weights of some modules. The first rule whose pattern matches a module's name wins; a `*` in it
+    stands for any text.
 
     fp32 holds every weight dense. int4 and int8 keep packed weights exactly as the bundle has them and quantise dense
     ones (symmetric, round to nearest), which the package and the report then say.
@@ -26,7 +28,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     modules: str
     scheme: Literal["fp32", "int8", "int4"]
-    group_size: int = 32
+    group_size: Annotated[int, Meta(ge=1)] = 32
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,7 +62,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     description: str
     precision: tuple[Rule, ...]
     parity: Parity
-    context: int = 2048
+    context: Annotated[int, Meta(ge=1)] = 2048
     logits: Literal["last", "all"] = "last"
     activations: Literal["float", "int8"] = "float"
     adapters: Literal["fp32", "fp16"] = "fp32"
@@ -69,7 +71,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rule(self, module: str) -> Rule:
         """The first rule that matches, or an error that names the module."""
         for rule in self.precision:
-            if re.fullmatch(rule.modules.replace(".", r"\.").replace("*", ".*"), module):
+            if re.fullmatch(".*".join(re.escape(part) for part in rule.modules.split("*")), module):
                 return rule
         raise RecipeError(mismatch("recipe", "precision", f"a rule that matches {module}", "none"))
 
@@ -119,7 +121,7 @@ def load(name: str) -> Recipe:
         raise RecipeError(mismatch("--recipe", name, f"a file or one of {', '.join(sorted(known))}", "neither"))
     try:
         return msgspec.toml.decode(path.read_bytes(), type=Recipe)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path.name}: {error}") from error
 
 
