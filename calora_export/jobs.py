@@ -127,10 +127,18 @@ def write_trace(directory: Path, trace: Trace) -> None:
 def read_trace(directory: Path, job: Job) -> Trace:
     """Raises DeviceError when the device did not answer all of the job."""
     answer = strict_json.read(directory / TRACE, Answer, TRACE, DeviceError)
-    flat = np.fromfile(directory / LOGITS, np.float32)
+    data = strict_json.read_bytes(directory / LOGITS, LOGITS, DeviceError)
     sizes = [(len(case.ids) - case.prefill + 1) * answer.vocab for case in job.cases]
-    if flat.size != sum(sizes):
-        raise DeviceError(mismatch(LOGITS, "values", sum(sizes), flat.size, "the device stopped early"))
+    for file, key, expected, found in (
+        (LOGITS, "bytes", 4 * sum(sizes), len(data)),
+        (TRACE, "gates", len(job.routes), len(answer.gates)),
+        (TRACE, "completions", len(job.completions), len(answer.completions)),
+        (TRACE, "safety", job.safety is not None, answer.safety is not None),
+        (TRACE, "timing", job.timing is not None, answer.timing is not None),
+    ):
+        if expected != found:
+            raise DeviceError(mismatch(file, key, expected, found, "the device did not answer all of the job"))
+    flat = np.frombuffer(data, np.float32)
     parts = np.split(flat, np.cumsum(sizes)[:-1]) if sizes else []
     logits = {case.name: part.reshape(-1, answer.vocab) for case, part in zip(job.cases, parts, strict=True)}
     return Trace(answer, logits)
