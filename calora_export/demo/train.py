@@ -569,10 +569,12 @@ def write_base(plan: Plan, model: LlamaForCausalLM, stored: dict[str, Quantized]
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"],
         "dtype": "float16",
         "quantization_config": quantization_config(plan),
     }
-    write_json(directory / "config.json", config | {"architectures": ["LlamaForCausalLM"]})
+    del config["_name_or_path"]  # a path of this machine
+    write_json(directory / "config.json", config)
 
 
 def write_adapter(plan: Plan, model: LlamaForCausalLM, directory: Path) -> None:
