@@ -207,11 +207,14 @@ def hash_files(directory: Path) -> dict[str, FileEntry]:
 def written(path: Path, marker: str) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place when the block ends well, and vanishes when it does not.
 
-    An old directory is replaced only if it is empty or holds `marker`, so that a wrong -o destroys nothing.
+    An old directory is replaced only if it is empty or its `marker` is ours, so that a wrong -o destroys nothing.
     """
-    if path.exists() and not (path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))):
-        raise PackageError(mismatch(path, "output", f"a new or empty directory, or one with {marker}", "another one"))
+    if path.name in ("", ".."):
+        raise PackageError(mismatch(path, "output", "a directory by its own name", "where it is"))
     try:
+        if path.exists() and not (path.is_dir() and (_is_ours(path / marker) or not any(path.iterdir()))):
+            expected = f"a new or empty directory, or one with a {marker} of this tool"
+            raise PackageError(mismatch(path, "output", expected, "another one"))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -224,6 +227,15 @@ def written(path: Path, marker: str) -> Iterator[Path]:
         raise PackageError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_ours(marker: Path) -> bool:
+    """Tell package.json from npm's: ours has a schema_version."""
+    try:
+        document = msgspec.json.decode(marker.read_bytes())
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return isinstance(document, dict) and "schema_version" in document
 
 
 def _replace(path: Path, temporary: Path) -> None:
