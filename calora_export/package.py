@@ -247,7 +247,7 @@ def _replace(path: Path, temporary: Path) -> None:
     path.replace(aside / path.name)
     try:
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         (aside / path.name).replace(path)
         raise
     finally:
