@@ -17,6 +17,7 @@ from calora_export.runtimes import Mix
 VERSION = 1
 QUIET = 3
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
 
 
 def suffix() -> str:
@@ -92,6 +93,22 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Tensors, str]:
         raise PackageError(mismatch(path.name, slots.fingerprint, "uint8 [32]", "nothing"))
     fingerprint = values.pop(slots.fingerprint).numpy().tobytes()
     return Tensors(values, file), f"sha256:{fingerprint.hex()}"
+
+
+def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots) -> None:
+    """Refuse tensors that are not those of the slots, in their type and for one rank: the runtime would fail late."""
+    shapes = {name: list(value.shape()) for name, value in values.items()}
+    rank = next((shapes[tensor.up][0] for tensor in slots.tensors if shapes.get(tensor.up)), 0)
+    kind = KINDS[slots.dtype]
+    expected = {tensor.down: f"{kind} {[tensor.parts * rank, tensor.inputs]}" for tensor in slots.tensors}
+    expected |= {tensor.up: f"{kind} {[rank, tensor.outputs]}" for tensor in slots.tensors}
+    expected |= {slots.recovery: f"{KINDS['fp32']} {[rank]}"} if slots.recovery else {}
+    found = {name: f"{value.data_type()} {shapes[name]}" for name, value in values.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise PackageError(
+                mismatch(file, name, expected.get(name, "no such slot"), found.get(name, "nothing"))
+            )
 
 
 def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) -> dict[str, np.ndarray]:
@@ -177,11 +194,7 @@ class OnnxSession:
         slots = self._manifest.slots
         tensors, fingerprint = read_adapter(path, slots)
         self._package.require_fingerprint(path.name, fingerprint)
-        expected = {name for tensor in slots.tensors for name in (tensor.down, tensor.up)}
-        expected |= {slots.recovery} if slots.recovery else set()
-        if odd := sorted(set(tensors.values) ^ expected):
-            found = "one more" if odd[0] in tensors.values else "none"
-            raise PackageError(mismatch(path.name, odd[0], "the slots of package.json", found))
+        _require_layout(path.name, tensors.values, slots)
         return tensors
 
     def _combine(self, parts: Sequence[tuple[Tensors, float]]) -> Tensors:
