@@ -1,0 +1,130 @@
+"""What `list` says must be what the code does: the same modules, the same recipes, the same outcomes."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import calora_export
+from calora_export import catalogue, formats, profiles, recipe, resources
+from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
+from calora_export.errors import RecipeError, UnsupportedError
+
+LISTS = ("targets", "recipes", "devices", "adapters", "routers", "formats")
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_list_is_a_table_of_texts(what: str) -> None:
+    rows = catalogue.entries(what)
+    assert rows
+    for row in rows:
+        assert list(row) == list(rows[0])
+        assert all(isinstance(value, str) and value for value in row.values())
+
+
+def test_targets_are_the_modules() -> None:
+    folder = Path(calora_export.__file__).parent / "targets"
+    modules = {file.stem for file in folder.glob("*.py") if not file.stem.startswith("_")}
+    assert {row["target"] for row in catalogue.entries("targets")} == modules
+
+
+def test_recipes_and_devices_are_the_files() -> None:
+    for what, key in (("recipes", "recipe"), ("devices", "device")):
+        files = {file.stem: file for file in (resources.root() / what).glob("*.toml")}
+        rows = catalogue.entries(what)
+        assert {row[key] for row in rows} == set(files)
+    for row in catalogue.entries("recipes"):
+        document = tomllib.loads((resources.root() / "recipes" / f"{row['recipe']}.toml").read_text())
+        assert (row["target"], row["description"]) == (document["target"], document["description"])
+
+
+def test_every_scheme_meets_every_recipe() -> None:
+    cells = formats.matrix()
+    schemes = {cell.scheme for cell in cells}
+    assert len(schemes) == 3
+    assert {(cell.scheme, cell.recipe) for cell in cells} == {(s, r) for s in schemes for r in recipe.catalogue()}
+    assert len(cells) == 3 * len(recipe.catalogue())
+
+
+def test_packed_weights_are_exact_everywhere_and_floats_only_in_fp32() -> None:
+    outcomes = {(cell.scheme.split()[0].strip(","), cell.recipe): cell.outcome for cell in formats.matrix()}
+    assert outcomes["int4", "onnx-int4"] == outcomes["int8", "onnx-int4"] == "exact"
+    assert outcomes["fp32", "onnx-fp32"] == "exact"
+    assert outcomes["fp32", "onnx-int4"] == "re-represented"
+
+
+@pytest.mark.parametrize("name", sorted(recipe.catalogue()))
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_exact_means_the_same_numbers(name: str, bits: int) -> None:
+    """Dequantised by hand, not by the code under test."""
+    dense = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    stored: DenseWeight | PackedWeight = DenseWeight(dense)
+    if bits:
+        stored = quantize_symmetric(dense, bits, 32)
+        dense = (stored.q.reshape(4, 2, 32) * np.asarray(stored.scale, np.float32)[..., None]).reshape(4, 64)
+    made = recipe.represent(recipe.load(name), "model.layers.0.mlp.up_proj", stored)
+    held = made.weight.dequantize() if isinstance(made.weight, PackedWeight) else made.weight.values
+    assert made.exact == bool((held == dense).all())
+
+
+# ── device profiles ─────────────────────────────────────────────────────────────────────────────────
+
+
+def profile(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "phone.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_profile_is_found_by_name_kind_and_file(tmp_path: Path) -> None:
+    named = profiles.load("host")
+    assert named == profiles.load("host:anything") and "onnx" in named.targets
+    own = profiles.load(profile(tmp_path, 'kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\nmemory_mb = 3'))
+    assert (own.kind, own.memory_mb) == ("adb", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('kind = "adb"', "missing required field `description`"),
+        ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\ncolour = 1', "colour"),
+        ('kind = "adb"\ndescription = "d"\ntargets = "onnx"', "targets"),
+        ("kind =", "phone.toml: "),
+    ],
+)
+def test_a_wrong_profile_is_one_line(tmp_path: Path, text: str, part: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        profiles.load(profile(tmp_path, text))
+    assert str(caught.value).startswith("phone.toml: ") and part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_device_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="--device: tamagotchi: expected a file or one of .*host"):
+        profiles.load("tamagotchi")
+
+
+def test_a_device_is_checked_before_the_work(tiny: Path, tmp_path: Path) -> None:
+    profiles.check("host", tiny, "onnx-int4")
+    other = profile(tmp_path, 'kind = "apple"\ndescription = "d"\ntargets = ["coreml"]')
+    with pytest.raises(UnsupportedError, match=r"onnx-int4: target: expected one that .* runs \(coreml\), found onnx"):
+        profiles.check(other, tiny, "onnx-int4")
+
+
+@pytest.mark.parametrize(("recipe_name", "megabytes"), [("onnx-fp32", 0.425984), ("onnx-int4", 0.082944)])
+def test_memory_is_that_of_the_weights_as_the_recipe_holds_them(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, recipe_name: str, megabytes: float
+) -> None:
+    """106 496 weights at 4 bytes; or 73 728 at 4 bits and 32 768 at 8, with 4 bytes of scale per 32."""
+
+    def limited(limit: float) -> None:
+        found = profiles.Profile("adb", "d", ("onnx",), memory_mb=limit)  # type: ignore[arg-type]
+        monkeypatch.setattr(profiles, "load", lambda name: found)
+        profiles.check("phone", tiny, recipe_name)
+
+    limited(megabytes)
+    with pytest.raises(UnsupportedError, match="^phone: memory_mb: expected at most .* MB of weights, found 0 MB$"):
+        limited(megabytes - 1e-6)
