@@ -172,3 +172,23 @@ def test_a_dense_weight_is_rounded_to_the_nearest_and_said_to_be(
 def test_a_group_size_that_does_not_divide_is_an_error_that_names_both(mine: Recipe) -> None:
     with pytest.raises(UnsupportedError, match="lm_head: input features: .*group_size 32, found 48"):
         represent(mine, "lm_head", DenseWeight(dense(48)))
+
+
+@pytest.mark.parametrize(("group", "columns", "held"), [(64, 64, 64), (96, 96, 32), (256, 512, 128), (48, 96, 16)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_group_that_no_kernel_takes_is_cut_without_changing_a_number(
+    mine: Recipe, bits: int, group: int, columns: int, held: int
+) -> None:
+    """Kernels take powers of two from 16 to 128; one scale per row is a group as wide as the row."""
+    stored = quantize_symmetric(dense(columns), bits, group)
+    made = represent(mine, "lm_head", stored)
+    assert made.exact
+    assert isinstance(made.weight, PackedWeight)
+    assert made.weight.group_size == held
+    assert made.weight.scale.shape == (6, columns // held)
+    assert np.array_equal(made.weight.dequantize(), stored.dequantize())
+
+
+def test_a_group_that_cannot_be_cut_is_refused(mine: Recipe) -> None:
+    with pytest.raises(UnsupportedError, match=r"lm_head: group_size: .*found 24"):
+        represent(mine, "lm_head", quantize_symmetric(dense(48), 4, 24))
