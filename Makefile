@@ -21,7 +21,7 @@ demo: .venv/ready
 	$(CLI) export $(DEMO)/bundle -o $(DEMO)/package --recipe onnx-int4
 	$(CLI) run $(DEMO)/package --prompt "Write the word SAFARI backwards."
 	$(CLI) run $(DEMO)/package --prompt "Write 9 November 2006 as an ISO date."
-	$(CLI) run $(DEMO)/package --prompt "What are the initials of LUNAR VENUS?"
+	$(CLI) run $(DEMO)/package --prompt "Swap the first and the last letter of LUNAR."
 	$(CLI) run $(DEMO)/package --prompt "Write seven hundred twenty in digits."
 	$(CLI) validate $(DEMO)/package --bundle $(DEMO)/bundle --device host
 
