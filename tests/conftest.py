@@ -30,6 +30,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base of `tiny` with neither adapters nor a router."""
+    return tiny_bundle(tmp_path_factory.mktemp("bare") / "bundle", router=False, adapters=())
+
+
+@pytest.fixture(scope="session")
 def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Recipe name → the package that it makes of the tiny bundle."""
     from calora_export import pipeline

@@ -8,18 +8,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
 from calora_export import package as packages
 from calora_export import pipeline, resources
 from calora_export.errors import UnsupportedError
 from calora_export.runtimes import onnx as runtime
-from tests.bundles import ALPHA, LAYERS, RANKS, tiny_bundle
+from tests.bundles import LAYERS, RANKS, tiny_bundle
 from tests.conftest import Export, Families
-from tests.families import NAMES, PREFILL, STEPS, CaLora, Family, caloras, tokens
+from tests.families import NAMES, PREFILL, STEPS, caloras, tokens
 from tests.onnx_file import OnnxFile, bundle_weights
+from tests.twin import calora, dense_twin
 
 Variant = Callable[..., Path]
 ADAPTERS = ("alpha", "beta")
@@ -39,12 +38,6 @@ def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
         return pipeline.export(bundle, directory / "package", str(directory / "recipe.toml")).path
 
     return export
-
-
-@pytest.fixture(scope="session")
-def bare(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base with neither adapters nor a router: weights as in `tiny`."""
-    return tiny_bundle(tmp_path_factory.mktemp("bare") / "bundle", router=False, adapters=())
 
 
 @pytest.fixture(scope="session")
@@ -201,60 +194,29 @@ def test_recovery_rows_and_mixes_equal_the_formula(
     np.testing.assert_allclose(made, expected, atol=2e-4)
 
 
-def dense_twin(bundle: Path, directory: Path) -> Family:
-    """transformers' own model of a compressed bundle: its weights, unpacked here, in fp32."""
-    config = transformers.AutoConfig.from_pretrained(str(bundle / "base"))
-    del config.quantization_config
-    hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for module, weight in bundle_weights(bundle).items():
-            hf.get_submodule(module).weight.copy_(torch.from_numpy(weight))
-    return Family("tiny", hf, directory)
-
-
-def tiny_calora(bundle: Path, adapter: str, rank: int, dtype: torch.dtype = torch.float32) -> CaLora:
-    """An adapter of the tiny bundle; dtype: what its matrices, `up` with its scale, are rounded to."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(bundle / "adapters" / adapter / "adapter_model.safetensors").items():
-        site, _, name = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        scale = ALPHA / rank if name in ("lora_B", "lora_a2") else 1.0
-        tensors.setdefault(site, {})[name] = (tensor * scale).to(dtype).float() / scale
-    return CaLora(rank, ALPHA, tensors)
-
-
 @pytest.mark.parametrize("adapters", ["fp32", "fp16"])
 def test_a_compressed_bundle_equals_transformers_with_its_weights_unpacked(
-    unrouted: Path, variant: Variant, tmp_path: Path, adapters: str
+    unrouted: Path, variant: Variant, adapters: str
 ) -> None:
     """Int4 base, CA-LoRA adapters, logits of all positions; no activation is rounded."""
     package = variant(unrouted, "onnx-int4", activations="float", logits="all", adapters=adapters)
-    twin, ids = dense_twin(unrouted, tmp_path), torch.tensor([IDS])
+    twin, ids = dense_twin(unrouted), torch.tensor([IDS])
     half = onnx.TensorProto.FLOAT16 if adapters == "fp16" else onnx.TensorProto.FLOAT
     slots = packages.load(package).manifest.slots
     assert {OnnxFile(package).inputs[tensor.up] for tensor in slots.tensors} == {half}
     dtype = torch.float16 if adapters == "fp16" else torch.float32
-    exact = {name: [(tiny_calora(unrouted, name, r, dtype), 1.0)] for name, r in zip(ADAPTERS, RANKS, strict=True)}
+    exact = {name: [(calora(unrouted, name, r, dtype), 1.0)] for name, r in zip(ADAPTERS, RANKS, strict=True)}
     for mix, parts in (({}, []), *(({name: 1.0}, part) for name, part in exact.items())):
         made = run(package, mix, IDS)
         assert made.shape == (len(IDS), 256)
         np.testing.assert_allclose(made, twin.mixed_logits(parts, ids)[0].numpy(), atol=2e-4)
 
 
-def test_int8_activations_stay_close_to_the_unrounded_base(unrouted: Path, package: Path, tmp_path: Path) -> None:
-    expected = steps(dense_twin(unrouted, tmp_path).logits(torch.tensor([IDS])))
+def test_int8_activations_stay_close_to_the_unrounded_base(unrouted: Path, package: Path) -> None:
+    expected = steps(dense_twin(unrouted).logits(torch.tensor([IDS])))
     made = run(package, {}, IDS)
     assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(made - expected)) > 30
     assert np.abs(made - expected).max() > 1e-4  # rounded they are
-
-
-@pytest.mark.parametrize("recipe", ["onnx-int4", "onnx-fp32"])
-def test_slots_of_rank_0_change_no_bit_of_the_base(
-    bare: Path, exported: Export, variant: Variant, recipe: str
-) -> None:
-    """Against a graph that was exported without any adapter, and so has no slot at all."""
-    plain = variant(bare, recipe)
-    assert not packages.load(plain).manifest.slots.tensors
-    assert np.array_equal(run(exported(recipe), {}, IDS), run(plain, {}, IDS))
 
 
 # ── browsers ────────────────────────────────────────────────────────────────────────────────────────────────
