@@ -42,10 +42,15 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tolerances against the bundle as trained and against the same model with the target's changes."""
+    """Tolerances against the bundle as trained and against the same model with the target's changes.
+
+    quantised takes the place of source when the recipe quantised weights that the bundle holds as floats: what that
+    costs is the recipe's choice, so it is reported and bounded coarsely, while target still judges the lowering.
+    """
 
     source: Tolerance
     target: Tolerance
+    quantised: Tolerance | None = None
     task_points: float = 0.5
     gates_max_abs: float = 1e-4
 

@@ -20,6 +20,7 @@ from calora_export.compression import read_weight
 from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
+from calora_export.recipe import Parity, Tolerance
 from calora_export.report import DeviceInfo, ParityRow, Report, RouterRow, Series, TaskRow
 from calora_export.router_text import RouterText
 from calora_export.weights import Weights
@@ -174,15 +175,16 @@ def _report(
     device: str,
     altered: list[str],
 ) -> tuple[Report, Series]:
-    settings, answer = package.manifest.settings.parity, trace.answer
+    settings, limits, answer = package.manifest.settings.parity, _limits(package), trace.answer
     parity_rows, errors = _parity(package, reference, job, trace)
     problems = [f"file: {line}" for line in altered]
     for row in parity_rows:
-        limit = settings.source if row.against == "source" else settings.target
         numbers = {
             name: getattr(row, name) for name in row.__struct_fields__ if name not in ("case", "against", "passed")
         }
-        problems += [f"{row.case} against {row.against}: {line}" for line in parity.failures(numbers, limit)]
+        problems += [
+            f"{row.case} against {row.against}: {line}" for line in parity.failures(numbers, limits[row.against])
+        ]
     safety, lines = _judge_safety(answer)
     problems += lines
     router = _judge_router(package, bundle, reference, trace)
@@ -190,7 +192,8 @@ def _report(
         problems.append("router: the device chose other adapters than the reference")
     if router is not None and not (router.gates_max_abs or 0.0) <= settings.gates_max_abs:
         problems.append(f"router: gates_max_abs {router.gates_max_abs:.3g} is above {settings.gates_max_abs:.3g}")
-    tasks = _judge_tasks(bundle, reference, answer, set(package.manifest.model.eos), settings.task_points)
+    ends, quantised = set(package.manifest.model.eos), bool(package.manifest.represented)
+    tasks = _judge_tasks(bundle, reference, answer, ends, settings.task_points, quantised=quantised)
     problems += [
         f"task {row.adapter}: {row.metric} {row.device} on the device, {row.reference} in the reference"
         for row in tasks
@@ -216,7 +219,7 @@ def _report(
         problems=tuple(problems),
         versions=package.manifest.versions,
         recipe=package.manifest.recipe,
-        tolerances=_tolerances(settings),
+        tolerances=_tolerances(limits, settings),
     )
     timing = answer.timing
     series = Series(
@@ -228,21 +231,27 @@ def _report(
     return made, series
 
 
+def _limits(package: Package) -> dict[str, Tolerance]:
+    """Which tolerances hold against which reference."""
+    settings = package.manifest.settings.parity
+    coarse = settings.quantised if package.manifest.represented else None
+    return {"source": coarse or settings.source, "target": settings.target}
+
+
 def _parity(
     package: Package, reference: Reference, job: Job, trace: Trace
 ) -> tuple[tuple[ParityRow, ...], dict[tuple[str, str], list[float]]]:
-    settings = package.manifest.settings.parity
+    limits = _limits(package)
     made: list[ParityRow] = []
     errors: dict[tuple[str, str], list[float]] = {}
     for against, torch_model in reference.models().items():
-        limit = settings.source if against == "source" else settings.target
         base: np.ndarray | None = None
         for case in job.cases:
             expected = golden.reference_logits(torch_model, reference.mix(case.mix), case.ids, case.prefill)
             found = trace.logits[case.name]
             base = expected if base is None else base
             effect = parity.effect_ratio(expected, base, found, trace.logits["base"]) if case.mix else None
-            made.append(parity.compare(case.name, against, expected, found, effect, limit))
+            made.append(parity.compare(case.name, against, expected, found, effect, limits[against]))
             errors[case.name, against] = np.abs(expected - found).max(-1).tolist()
     return tuple(made), errors
 
@@ -292,17 +301,20 @@ def _judge_router(package: Package, bundle: Bundle, reference: Reference, trace:
 
 
 def _judge_tasks(
-    bundle: Bundle, reference: Reference, answer: Answer, ends: set[int], points: float
+    bundle: Bundle, reference: Reference, answer: Answer, ends: set[int], points: float, *, quantised: bool
 ) -> tuple[TaskRow, ...]:
-    """Exact match in percent. Greedy generation is right when every arg max is: one pass each for the reference."""
+    """Exact match in percent. Greedy generation is right when every arg max is: one pass each for the reference.
+
+    That is the bundle as trained, unless the recipe quantised it: then the same model, quantised.
+    """
+    judge = reference.target if quantised and reference.target is not None else reference.source
+    mixes = {adapter: reference.mix({adapter: 1.0}) for adapter in reference.adapters}
     tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
     scores: dict[str, list[tuple[bool, bool]]] = {}
     for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):
         wanted = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
         on_device = made[:-1] == wanted and made[-1] in ends
-        in_torch = _completes(
-            reference.source, reference.mix({adapter: 1.0}), tokenizer.encode(prompt).ids, wanted, ends
-        )
+        in_torch = _completes(judge, mixes[adapter], tokenizer.encode(prompt).ids, wanted, ends)
         scores.setdefault(adapter, []).append((in_torch, on_device))
     made_rows = []
     for adapter, pairs in scores.items():
@@ -320,17 +332,19 @@ def _completes(torch_model: SlotModel, mix: Rows, prompt: Sequence[int], wanted:
     return best[:-1] == list(wanted) and best[-1] in ends
 
 
-def _tolerances(settings: object) -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for side, values in msgspec.to_builtins(settings).items():
-        if not isinstance(values, dict):
-            flat[side] = values
-            continue
-        for name, value in values.items():
-            if name == "effect_ratio":
-                flat[f"{side}.effect_ratio_min"], flat[f"{side}.effect_ratio_max"] = value
-            elif name == "max_abs":
-                flat[f"{side}.prefill_max_abs"] = flat[f"{side}.decode_max_abs"] = value
-            else:
-                flat[f"{side}.{name}"] = value
+def _tolerances(limits: Mapping[str, Tolerance], settings: Parity) -> dict[str, float]:
+    """Flat, as the report shows them: `source.kl_max` …"""
+    flat = {"task_points": settings.task_points, "gates_max_abs": settings.gates_max_abs}
+    for against, limit in limits.items():
+        low, high = limit.effect_ratio
+        named = {
+            "prefill_max_abs": limit.max_abs,
+            "decode_max_abs": limit.max_abs,
+            "kl_max": limit.kl_max,
+            "top1_agreement": limit.top1_agreement,
+            "sqnr_db": limit.sqnr_db,
+            "effect_ratio_min": low,
+            "effect_ratio_max": high,
+        }
+        flat |= {f"{against}.{name}": value for name, value in named.items()}
     return flat

@@ -106,9 +106,7 @@ def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots)
     found = {name: f"{value.data_type()} {shapes[name]}" for name, value in values.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise PackageError(
-                mismatch(file, name, expected.get(name, "no such slot"), found.get(name, "nothing"))
-            )
+            raise PackageError(mismatch(file, name, expected.get(name, "no such slot"), found.get(name, "nothing")))
 
 
 def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) -> dict[str, np.ndarray]:
