@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from calora_export.errors import CaloraError
@@ -74,7 +75,7 @@ def demo(
         if json:
             emit({"bundle": str(out_dir)})
         else:
-            out.print(f"Wrote the demo bundle to {out_dir}. Next: calora-export inspect {out_dir}")
+            out.print(f"Wrote the demo bundle to {out_dir}. Next: calora-export inspect {out_dir}", markup=False)
 
 
 @imports.command("peft")
@@ -94,7 +95,7 @@ def import_peft(
         if json:
             emit({"bundle": str(out_dir), "adapters": [path.resolve().name for path in adapters]})
         else:
-            out.print(f"Wrote {out_dir} with {len(adapters)} adapter(s).")
+            out.print(f"Wrote {out_dir} with {len(adapters)} adapter(s).", markup=False)
 
 
 @app.command()
@@ -144,7 +145,8 @@ def export(
                 }
             )
         else:
-            out.print(f"Wrote {out_dir}: {len(package.manifest.adapters)} adapters, {megabytes(size)} in all.")
+            held = f"{len(package.manifest.adapters)} adapters, {megabytes(size)} in all"
+            out.print(f"Wrote {out_dir}: {held}.", markup=False)
             if changed:
                 worst = min(changed, key=lambda entry: entry.sqnr_db)
                 out.print(
@@ -166,11 +168,12 @@ def add_adapter(
 
         entry = pipeline.add_adapter(package, adapter)
         if not entry.stated:
-            err.print(f"note: {adapter} does not say which base it was trained for; taken to be this package's.")
+            line = f"note: {adapter} does not say which base it was trained for; taken to be this package's."
+            err.print(line, markup=False)
         if json:
             emit(entry)
         else:
-            out.print(f"Added {entry.id}: {entry.sites} sites, rank {entry.rank}, {package / entry.file}")
+            out.print(f"Added {entry.id}: {entry.sites} sites, rank {entry.rank}, {package / entry.file}", markup=False)
 
 
 @app.command()
@@ -284,9 +287,9 @@ def emit(document: object) -> None:
 def show_rows(entries: Sequence[dict[str, str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in entries[0] if entries else ():
-        table.add_column(column, overflow="fold")
+        table.add_column(escape(column), overflow="fold")
     for entry in entries:
-        table.add_row(*entry.values())
+        table.add_row(*map(escape, entry.values()))
     out.print(table)
 
 
@@ -397,9 +400,10 @@ def show_report(made: Report, package: Path) -> None:
         out.print(f"router: {made.router.cases} decisions {equal}, accuracy {number(made.router.accuracy)}")
     show_latency(made.latency)
     for problem in made.problems:
-        out.print(f"[red]✗[/red] {problem}", highlight=False)
+        out.print(f"[red]✗[/red] {escape(problem)}", highlight=False)
     verdict = "[green]PASSED[/green]" if made.passed else "[red]FAILED[/red]"
-    out.print(f"{verdict} {made.package} on {made.device.name}. Report: {package / 'report' / 'report.html'}")
+    page = escape(str(package / "report" / "report.html"))
+    out.print(f"{verdict} {escape(made.package)} on {made.device.name}. Report: {page}")
 
 
 def show_latency(made: Latency) -> None:
