@@ -79,14 +79,6 @@ class _RouterForm(msgspec.Struct, frozen=True):
     form: str
 
 
-class _MlpRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    form: str
-    vocab_size: Size
-    embedding_size: Size
-    hidden_sizes: tuple[Size, ...]
-    num_classes: Size
-
-
 @dataclass(frozen=True)
 class Bundle:
     """A checked bundle. `linears`: (out, in) of every 2-D weight of the base; `embeddings`: the lookups."""
@@ -121,10 +113,9 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
     `deep` also reads all of the base: its fingerprint and NaN or Inf. Raises BundleError, FingerprintError or
     UnsupportedError with one line: file (relative to the bundle), key, expected, found.
     """
-    if not path.is_dir():
-        raise BundleError(
-            mismatch(path, "bundle", f"a directory with {FILE}", "a file" if path.exists() else "nothing")
-        )
+    if not (path / FILE).is_file():
+        found = "a directory without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+        raise BundleError(mismatch(path, "bundle", f"a directory with {FILE}", found))
     manifest = read_manifest(path)
     base, formats, embeddings = read_base(path / "base", "base")
     linears = {name: stored.shape for name, stored in formats.items()}
@@ -243,7 +234,7 @@ def _check_router(directory: Path, router: RouterSpec) -> None:
     form = strict_json.read(directory / "config.json", _RouterForm, file).form
     if form != "mlp":
         raise UnsupportedError(mismatch(file, "form", "mlp", strict_json.plain(form)))
-    config = strict_json.read(directory / "config.json", _MlpRouter, file)
+    config = strict_json.read(directory / "config.json", MlpConfig, file)
     if config.num_classes != len(router.classes):
         expected = f"{len(router.classes)}, the number of router.classes"
         raise BundleError(mismatch(file, "num_classes", expected, config.num_classes))

@@ -7,11 +7,14 @@ encode_adapter(adapter, slots, fingerprint, path) -> None
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from calora_export.errors import PackageError, mismatch
 
 if TYPE_CHECKING:
     from calora_export.adapters import Adapter
@@ -61,5 +64,8 @@ class Runtime(Protocol):
 
 
 def load(target: str) -> Runtime:
-    """Import the runtime of one target."""
+    """Import the runtime of one target; PackageError when there is none."""
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if target not in known:
+        raise PackageError(mismatch("package.json", "target", f"one of {', '.join(known)}", target))
     return importlib.import_module(f"{__name__}.{target}")  # type: ignore[return-value]
