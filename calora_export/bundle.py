@@ -19,6 +19,7 @@ from calora_export.manifest import (
     Branch,
     CompressionStep,
     Manifest,
+    MlpConfig,
     RouterSpec,
     Selection,
     TaskSpec,
@@ -113,9 +114,11 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
     `deep` also reads all of the base: its fingerprint and NaN or Inf. Raises BundleError, FingerprintError or
     UnsupportedError with one line: file (relative to the bundle), key, expected, found.
     """
-    if not (path / FILE).is_file():
-        found = "a directory without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
         raise BundleError(mismatch(path, "bundle", f"a directory with {FILE}", found))
+    if not (path / FILE).is_file():
+        raise BundleError(mismatch(FILE, "file", "a file", f"nothing in {path}"))
     manifest = read_manifest(path)
     base, formats, embeddings = read_base(path / "base", "base")
     linears = {name: stored.shape for name, stored in formats.items()}

@@ -89,6 +89,16 @@ class RouterSpec(Struct, frozen=True, forbid_unknown_fields=True):
     selection: Selection
 
 
+class MlpConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """router/config.json of the form `mlp`: embeddings [vocab, embedding], averaged, then linear layers."""
+
+    form: str
+    vocab_size: Count
+    embedding_size: Count
+    hidden_sizes: tuple[Count, ...]
+    num_classes: Count
+
+
 class TaskSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A task to measure: `eval` is a .jsonl file of the bundle."""
 

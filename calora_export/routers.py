@@ -13,18 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from calora_export.bundle import Bundle
-from calora_export.manifest import Selection
+from calora_export.manifest import MlpConfig, Selection
 from calora_export.tensors import TensorIndex
-
-
-class MlpConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """router/config.json of the mini-MLP."""
-
-    form: str
-    vocab_size: int
-    embedding_size: int
-    hidden_sizes: tuple[int, ...]
-    num_classes: int
 
 
 class Mlp(nn.Module):
