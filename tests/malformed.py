@@ -130,6 +130,7 @@ def _manifest() -> list[Malformed]:
 
     branch, twin = "adapters[0].branches[0]", "adapters[1]"
     return [
+        _case("no manifest", remove("bundle.json"), at("file"), "a file", "nothing"),
         _case(
             "manifest is no JSON", text("bundle.json", "{"), at("JSON"), "a valid JSON document", "an error"
         ),
