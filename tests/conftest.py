@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ Families = Callable[[str], "Family"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tiny matrices on several threads wait for each other, most of all on a busy machine. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # PEFT 0.21 asks transformers 5.23 for a property by its old name.
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
