@@ -71,7 +71,7 @@ def main() -> None:
     results = Results(
         environment=describe(options.work.name, options.threads),
         fp32_bytes=4 * options.shape.parameters(),
-        speeds=interleave(systems, options.rounds, options.threads),
+        speeds=interleave(systems, options.rounds, options.threads, _say),
         exports=exports.runs,
         swap_ms=_swaps(inputs, options, list(systems)),
         add_adapter=exports.add_adapter,
@@ -95,13 +95,13 @@ def _export(inputs: Inputs, options: Options) -> Exports:
                 options.work / "logs" / f"{system.replace(' + ', '-')}-{index}.log",
             )
             shutil.rmtree(package, ignore_errors=True)
-            _say(f"exporting: {system}")
             if system == OURS:
                 run = ours.export(inputs.bundle, package, log)
             else:
                 adapter = inputs.adapter(ADAPTERS[0]) if system == BUILDER_ADAPTER else None
                 run = peers.build(inputs.model, package, adapter, log)
             exports.runs.setdefault(system, []).append(run)
+            _say(f"exported {system} in {run.seconds:.1f} s, {run.peak_rss / 1e6:.0f} MB")
             if system == OURS:
                 _add_adapter(inputs, package, log.with_name(f"add-adapter-{index}.log"), exports)
     return exports
@@ -156,9 +156,7 @@ def _options() -> Options:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Compare with the peers.")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="tiny: to try the harness")
     parser.add_argument("--rounds", type=int, default=15, help="of prefill and decode")
-    parser.add_argument(
-        "--export-rounds", type=int, default=3, help="0: measure the packages of the last run"
-    )
+    parser.add_argument("--export-rounds", type=int, default=3, help="0: measure the packages of the last run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     found = parser.parse_args()

@@ -26,7 +26,8 @@ PROMPT = tuple(range(10, 138))
 STEPS = 64
 WARM_UP_STEPS = 4
 QUIET = 0.03  # the share of the processors that others may have used in a round
-TRIES = 6
+TRIES = 3
+PATIENCE = 180.0  # seconds after which nothing is repeated any more
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class System:
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of a prefill, median seconds of a token, the share of the processors that others used."""
+    """Seconds of a prefill, the share of the processors that others used, seconds of each token."""
 
     prefill_s: float
-    step_s: float
     others: float
+    steps_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Speed:
 
     @property
     def step_s(self) -> list[float]:
-        return [one.step_s for one in self.rounds]
+        return [statistics.median(one.steps_s) for one in self.rounds]
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,20 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
-def interleave(systems: Mapping[str, System], rounds: int, threads: int) -> dict[str, Speed]:
-    """Measure all `systems` side by side: A B C, C B A, A B C … for `rounds` rounds."""
+def interleave(
+    systems: Mapping[str, System], rounds: int, threads: int, say: Callable[[str], None]
+) -> dict[str, Speed]:
+    """Measure all `systems` side by side: A B C, C B A, A B C … for `rounds` rounds; `say` gets progress."""
     workers = {name: _Worker(name, system, threads) for name, system in systems.items()}
     try:
         loads = {name: worker.ask("load")[0] for name, worker in workers.items()}
         samples: dict[str, list[Round]] = {name: [] for name in workers}
+        deadline = time.monotonic() + PATIENCE
         for index in range(rounds):
             for name in list(workers) if index % 2 == 0 else reversed(workers):
-                samples[name].append(quietest(partial(workers[name].ask, "round")))
+                samples[name].append(quietest(partial(workers[name].ask, "round"), deadline))
+            others = statistics.mean(made[-1].others for made in samples.values())
+            say(f"round {index + 1} of {rounds}, {others:.0%} of the processors used by others")
         return {
             name: Speed(loads[name], int(worker.ask("memory")[0]), tuple(samples[name]))
             for name, worker in workers.items()
@@ -101,14 +107,15 @@ def interleave(systems: Mapping[str, System], rounds: int, threads: int) -> dict
             worker.close()
 
 
-def quietest(measure: Callable[[], tuple[float, ...]]) -> Round:
-    """The first quiet round of a few, else the quietest of them."""
-    best = Round(*measure())
-    for _ in range(TRIES - 1):
-        if best.others <= QUIET:
+def quietest(measure: Callable[[], tuple[float, ...]], deadline: float) -> Round:
+    """The first quiet round of a few, else the quietest of them; no repeats after `deadline` (monotonic)."""
+    rounds: list[Round] = []
+    while not rounds or (len(rounds) < TRIES and time.monotonic() < deadline):
+        prefill, others, *steps = measure()
+        rounds.append(Round(prefill, others, tuple(steps)))
+        if others <= QUIET:
             break
-        best = min(best, Round(*measure()), key=lambda one: one.others)
-    return best
+    return min(rounds, key=lambda one: one.others)
 
 
 class _Worker:
@@ -162,7 +169,7 @@ def _serve(connection: Connection, system: System, threads: int) -> None:
 
 
 def _round(driver: Driver) -> tuple[float, ...]:
-    """One round's figures, in the order of `Round`."""
+    """Seconds of a prefill, the share of others, seconds of each of `STEPS` tokens."""
     driver.reset()
     driver.prefill(PROMPT[:WARM_UP_STEPS])  # wakes the threads
     driver.reset()
@@ -177,4 +184,4 @@ def _round(driver: Driver) -> tuple[float, ...]:
         steps.append(time.perf_counter() - before)
     seconds = (time.perf_counter() - begin) * psutil.cpu_count()
     others = psutil.cpu_percent() / 100 - (time.process_time() - own) / seconds
-    return prefill, statistics.median(steps[WARM_UP_STEPS:]), max(others, 0.0)
+    return prefill, max(others, 0.0), *steps[WARM_UP_STEPS:]

@@ -45,9 +45,7 @@ def write_mix(bundle: Path, package: Path, identifiers: Sequence[str], path: Pat
     manifest = packages.load(package).manifest
     source = bundles.load(bundle)
     parts = [(rows.load_adapter(source, identifier), 1 / len(identifiers)) for identifier in identifiers]
-    runtimes.load(manifest.target).encode_adapter(
-        rows.mix(parts), manifest.slots, manifest.base_fingerprint, path
-    )
+    runtimes.load(manifest.target).encode_adapter(rows.mix(parts), manifest.slots, manifest.base_fingerprint, path)
     return path
 
 

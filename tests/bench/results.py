@@ -89,9 +89,7 @@ def goals(results: Results) -> list[Goal]:
     """The goals of the project over one run's own figures."""
     ours = results.exports.get(OURS)
     swap = results.swap_ms.get(OURS_ADAPTER)
-    mix = results.decode(
-        OURS_ADAPTER, OURS_MIX
-    )  # the speed of one over the mix's is the mix's time over one's
+    mix = results.decode(OURS_ADAPTER, OURS_MIX)  # the speed of one over the mix's is the mix's time over one's
     memory = spread([run.peak_rss / results.fp32_bytes for run in ours]) if ours else None
     late = spread([run.seconds for run in results.add_adapter]) if results.add_adapter else None
     changed = spread([float(len(results.changed_files))]) if results.add_adapter else None
