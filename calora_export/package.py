@@ -59,7 +59,7 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One adapter file. trusted: its base's fingerprint was stated by its trainer, not assumed when it was added."""
+    """One adapter file. stated: its trainer said which base it is for; else that was assumed when it was added."""
 
     id: str
     task: str
