@@ -1,8 +1,13 @@
 """Prints the demo's results as Markdown: `python -m calora_export.demo.table [RESULTS.json]`."""
 
-import json
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+
+import msgspec
+
+from calora_export.demo.results import Results
 
 RESULTS = Path(__file__).with_name("results.json")
 COLUMNS = {
@@ -20,27 +25,28 @@ ROUTER_ROWS = {
 }
 
 
-def table(results: dict) -> str:
+def table(results: Results) -> str:
     """Two Markdown tables (tasks and router, in percent) and a line on how they were made."""
-    rows = [["task", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
-    rows += [[task["task"], *(f"{task[key]:.1f}" for key in COLUMNS)] for task in results["tasks"]]
-    means = (sum(task[key] for task in results["tasks"]) / len(results["tasks"]) for key in COLUMNS)
-    rows.append(["**mean**", *(f"**{mean:.1f}**" for mean in means)])
+    scores = [msgspec.structs.asdict(task) for task in results.tasks]
+    tasks = [["task", *COLUMNS.values()], ["---", *["---:"] * len(COLUMNS)]]
+    tasks += [[task["task"], *(f"{task[key]:.1f}" for key in COLUMNS)] for task in scores]
+    means = (sum(task[key] for task in scores) / len(scores) for key in COLUMNS)
+    tasks.append(["**mean**", *(f"**{mean:.1f}**" for mean in means)])
+    rates = msgspec.structs.asdict(results.router)
     router = [["router", "accuracy"], ["---", "---:"]]
-    router += [[title, f"{results['router'][key]:.1f}"] for key, title in ROUTER_ROWS.items()]
-    made = results["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    seconds = made["seconds"]
+    router += [[title, f"{rates[key]:.1f}"] for key, title in ROUTER_ROWS.items()]
+    made = results.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
     note = (
-        f"{results['parameters'] / 1e6:.2f} M parameters; {seconds['all']} s on {made['cores']} CPU cores, "
-        f"of which {seconds['base']} s for the base; {versions}."
+        f"{results.parameters / 1e6:.2f} M parameters; {made.seconds.all} s on {made.cores} CPU cores, "
+        f"of which {made.seconds.base} s for the base; {versions}."
     )
-    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in block) for block in (rows, router)] + [note])
+    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in block) for block in (tasks, router)] + [note])
 
 
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    print(table(json.loads(path.read_text(encoding="utf-8"))))
+    print(table(msgspec.json.decode(path.read_bytes(), type=Results)))
 
 
 if __name__ == "__main__":

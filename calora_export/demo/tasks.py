@@ -6,6 +6,8 @@ nothing that was trained has seen a held-out operand. Each task can be asked in 
 only the base is trained on, and natural sentences, which only the adapters and the router are trained on.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 from collections.abc import Callable
