@@ -9,8 +9,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from calora_export import package as packages
+from calora_export import pipeline
 from calora_export.generation import Chat
 from calora_export.runtimes import onnx as runtime
+from tests.bundles import copy_bundle, edit_json
 from tests.conftest import Export
 
 PROMPT = "Write the word alpha backwards."
@@ -34,13 +36,13 @@ def generated(package: Path, prompt: list[int], adapter: str | None) -> list[int
 
 
 def greedy(package: Path, prompt: list[int], adapter: str | None) -> list[int]:
-    """The same of a session of ours, until the end token that genai stops at."""
+    """The same of a session of ours; the end token is no part of what genai returns."""
     session = runtime.open_session(packages.load(package), 1)
     session.select({adapter: 1.0} if adapter else {})
     ends, made, fed = packages.load(package).manifest.model.eos, [], prompt
-    while len(made) < STEPS and not (made and made[-1] in ends):
-        made.append(int(session.extend(fed)[-1].argmax()))
-        fed = made[-1:]
+    while len(made) < STEPS and (token := int(session.extend(fed)[-1].argmax())) not in ends:
+        made.append(token)
+        fed = [token]
     return made
 
 
@@ -70,6 +72,17 @@ def test_genai_answers_as_the_chat_does(package: Path, adapter: str | None) -> N
     chat.start(PROMPT, {adapter: 1.0} if adapter else {})
     list(chat.stream(STEPS))
     assert chat.history[len(prompt) :] == generated(package, prompt, adapter)
+
+
+def test_genai_stops_at_the_end_token(bare: Path, package: Path, tmp_path: Path) -> None:
+    """A base with two end tokens, of which it soon says the second."""
+    prompt = list(PROMPT.encode())
+    said = greedy(package, prompt, None)
+    end = next(token for i, token in enumerate(said) if i > 2 and token not in said[:i])
+    bundle = copy_bundle(bare, tmp_path / "bundle")
+    edit_json(bundle / "base" / "config.json", lambda config: config.update(eos_token_id=[255, end]))
+    made = generated(pipeline.export(bundle, tmp_path / "package", "onnx-int4").path, prompt, None)
+    assert made == said[: said.index(end)]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "phi3"])

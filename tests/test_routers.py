@@ -73,7 +73,11 @@ def published(logits: np.ndarray, selection: Selection) -> Choice:
             margin = float(np.abs(probs - selection.threshold).min())
         case "all":
             count, margin = len(probs), 1.0
-    chosen = order[:count]
+    chosen, others = order[:count], order[count:]
+    if len(others):
+        for edge in (chosen[-1], others[0]):  # equal logits tie exactly in fp32 too, nearly equal ones may
+            distinct = probs[scores != scores[edge]]
+            margin = min(margin, float(np.abs(distinct - probs[edge]).min(initial=1.0)))
     weights = {
         "softmax_probs": softmax(probs[chosen]),
         "softmax_logits": softmax(scores[chosen]),
