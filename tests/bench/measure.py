@@ -1,8 +1,8 @@
 """Interleaved rounds over several systems: the machine's drift hits all of them and cancels in the ratios.
 
 Each system lives in a process of its own (thread pool, memory) and sleeps while another one is measured.
-A round in which something else used the processors is repeated: thread pools that spin suffer from company,
-and not all alike.
+A round in which something else used the processors is repeated, and left out of the figures when there are
+enough others: thread pools that spin suffer from company, and not all alike.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ STEPS = 64
 WARM_UP_STEPS = 4
 QUIET = 0.03  # the share of the processors that others may have used in a round
 TRIES = 3
+FEWEST = 3  # rounds that figures are made of
 PATIENCE = 180.0  # seconds after which nothing is repeated any more
 
 
@@ -47,6 +48,10 @@ class Round:
     others: float
     steps_s: tuple[float, ...]
 
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.steps_s)
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -57,31 +62,36 @@ class Speed:
     rounds: tuple[Round, ...]
 
     @property
-    def prefill_s(self) -> list[float]:
-        return [one.prefill_s for one in self.rounds]
+    def prefill_s(self) -> float:
+        """Seconds of a prefill: the median of the quiet rounds."""
+        return statistics.median(one.prefill_s for (one,) in quiet(self))
 
     @property
-    def step_s(self) -> list[float]:
-        return [statistics.median(one.steps_s) for one in self.rounds]
+    def step_s(self) -> float:
+        """Seconds of a token: the median of the quiet rounds."""
+        return statistics.median(one.step_s for (one,) in quiet(self))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Least, middle and largest of some numbers."""
+    """Least, middle and largest of so many numbers."""
 
     low: float
     median: float
     high: float
+    count: int
 
 
 def spread(values: Sequence[float]) -> Spread:
     """The spread of `values`, which must not be empty."""
-    return Spread(min(values), statistics.median(values), max(values))
+    return Spread(min(values), statistics.median(values), max(values), len(values))
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """The spread of above / below, round by round."""
-    return spread([a / b for a, b in zip(above, below, strict=True)])
+def quiet(*speeds: Speed) -> list[tuple[Round, ...]]:
+    """The rounds of all `speeds` side by side: those that were quiet for each, or all when these are too few."""
+    together = list(zip(*(speed.rounds for speed in speeds), strict=True))
+    undisturbed = [rounds for rounds in together if all(one.others <= QUIET for one in rounds)]
+    return undisturbed if len(undisturbed) >= FEWEST else together
 
 
 def interleave(
@@ -182,6 +192,6 @@ def _round(driver: Driver) -> tuple[float, ...]:
         before = time.perf_counter()
         driver.step()
         steps.append(time.perf_counter() - before)
-    seconds = (time.perf_counter() - begin) * psutil.cpu_count()
+    seconds = (time.perf_counter() - begin) * (psutil.cpu_count() or 1)
     others = psutil.cpu_percent() / 100 - (time.process_time() - own) / seconds
     return prefill, max(others, 0.0), *steps[WARM_UP_STEPS:]

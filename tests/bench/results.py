@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .measure import Speed, Spread, ratio, spread
+from .measure import Round, Speed, Spread, quiet, spread
 from .process import Run
 
 OURS, OURS_ADAPTER, OURS_MIX = "ours", "ours + adapter", "ours + mix of two"
@@ -45,26 +45,30 @@ class Results:
 
     def tax(self, system: str) -> Spread | None:
         """Time of a token with the adapter over time of a token without."""
-        return self._ratio(system, BASE_OF[system], "step_s") if system in BASE_OF else None
+        return self.decode(BASE_OF[system], system) if system in BASE_OF else None
 
     def decode(self, system: str, peer: str) -> Spread | None:
         """Decoding speed of `system` over that of `peer`."""
-        return self._ratio(peer, system, "step_s")
+        rounds = self._rounds(system, peer)
+        return spread([b.step_s / a.step_s for a, b in rounds]) if rounds else None
 
     def prefill(self, system: str, peer: str) -> Spread | None:
         """Prefill speed of `system` over that of `peer`."""
-        return self._ratio(peer, system, "prefill_s")
+        rounds = self._rounds(system, peer)
+        return spread([b.prefill_s / a.prefill_s for a, b in rounds]) if rounds else None
 
     def export_time(self, system: str, peer: str) -> Spread | None:
         """Export time of `system` over that of `peer`."""
         if system not in self.exports or peer not in self.exports:
             return None
-        return ratio(*([run.seconds for run in self.exports[name]] for name in (system, peer)))
+        runs = zip(self.exports[system], self.exports[peer], strict=True)
+        return spread([a.seconds / b.seconds for a, b in runs])
 
-    def _ratio(self, above: str, below: str, field: str) -> Spread | None:
-        if above not in self.speeds or below not in self.speeds:
-            return None
-        return ratio(getattr(self.speeds[above], field), getattr(self.speeds[below], field))
+    def _rounds(self, system: str, peer: str) -> list[tuple[Round, ...]]:
+        """The rounds of two systems side by side; none when one is not installed."""
+        if system not in self.speeds or peer not in self.speeds:
+            return []
+        return quiet(self.speeds[system], self.speeds[peer])
 
 
 @dataclass(frozen=True)

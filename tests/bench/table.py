@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from .measure import PROMPT, Spread
+from .measure import PROMPT, Spread, quiet
 from .results import SYSTEMS, Goal, Results, goals
 
 PAGE = """# Benchmarks
@@ -22,9 +22,11 @@ side. This page is what it printed.
   of this width as Q8_0; the rows with a Q4_0 embedding read as few bytes as the others.
 
 A round is a prefill of 128 tokens and 64 tokens after it, one system after the other; a system's token is
-the median of its 64. The first table has medians over the rounds. A goal is a ratio within a round, so
+the median of its 64. The first table has medians. A goal is a ratio within a round, so
 that the machine's drift cancels; the median decides. Models are loaded from warm files, a swap is between
-adapters that are loaded, and the last column is the peak of the process that decodes.
+adapters that are loaded, and the last column is the peak of the process that decodes. Rounds in which
+other processes used the processors are left out where at least three others remain; the column "of" says how
+many figures a median is of.
 
 """
 
@@ -37,8 +39,10 @@ def page(results: Results) -> str:
 def markdown(results: Results) -> str:
     """The environment in a line, a table of systems, a table of goals."""
     environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
-    others = statistics.mean(one.others for speed in results.speeds.values() for one in speed.rounds)
-    company = f"Medians of rounds in which other processes used {others:.0%} of the processors."
+    used = [one for speed in results.speeds.values() for (one,) in quiet(speed)]
+    every = sum(len(speed.rounds) for speed in results.speeds.values())
+    others = statistics.mean(one.others for one in used)
+    company = f"From {len(used)} of {every} rounds; in these, other processes used {others:.0%} of the processors."
     return "\n".join([environment, "", company, "", *_systems(results), "", *_goals(goals(results)), ""])
 
 
@@ -57,8 +61,8 @@ def _system(results: Results, name: str) -> Sequence[str]:
         f"{statistics.median(run.cpu_seconds for run in runs):.1f}" if runs else "–",
         f"{statistics.median(run.peak_rss for run in runs) / 1e6:.0f}" if runs else "–",
         f"{speed.load_s * 1e3:.0f}",
-        f"{len(PROMPT) / statistics.median(speed.prefill_s):.0f}",
-        f"{1 / statistics.median(speed.step_s):.1f}",
+        f"{len(PROMPT) / speed.prefill_s:.0f}",
+        f"{1 / speed.step_s:.1f}",
         f"{tax.median:.2f}×" if tax else "–",
         f"{results.swap_ms[name]:.3f}" if name in results.swap_ms else "–",
         f"{speed.peak_rss / 1e6:.0f}",
@@ -66,7 +70,7 @@ def _system(results: Results, name: str) -> Sequence[str]:
 
 
 def _goals(rows: Sequence[Goal]) -> list[str]:
-    header = ("goal", "bound", "median", "min – max of rounds", "verdict")
+    header = ("goal", "bound", "median", "min – max", "of", "verdict")
     cells = [(goal.text, _bound(goal), *_found(goal.found, goal.unit), goal.verdict) for goal in rows]
     return _table(header, cells)
 
@@ -75,10 +79,10 @@ def _bound(goal: Goal) -> str:
     return f"{'≥' if goal.at_least else '≤'} {goal.bound:g}{goal.unit}"
 
 
-def _found(found: Spread | None, unit: str) -> tuple[str, str]:
+def _found(found: Spread | None, unit: str) -> tuple[str, str, str]:
     if found is None:
-        return "–", "–"
-    return f"{found.median:.3g}{unit}", f"{found.low:.3g} – {found.high:.3g}"
+        return "–", "–", "–"
+    return f"{found.median:.3g}{unit}", f"{found.low:.3g} – {found.high:.3g}", str(found.count)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

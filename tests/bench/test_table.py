@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from .measure import TRIES, Round, Speed, Spread, quietest, ratio
+from .measure import TRIES, Round, Speed, Spread, quiet, quietest
 from .process import Run
 from .results import BUILDER, BUILDER_ADAPTER, LLAMA_ADAPTER, OURS, OURS_ADAPTER, OURS_MIX, Results, goals
 from .table import markdown, page
@@ -64,9 +64,17 @@ def test_a_missing_peer_is_said_and_never_reached() -> None:
 
 
 def test_rounds_are_compared_pairwise() -> None:
-    assert ratio([1, 30, 2], [1, 10, 1]) == Spread(1, 2, 3)
+    speeds = {OURS: _speed(1, 30, 2), BUILDER: _speed(1, 10, 1)}
+    assert replace(RESULTS, speeds=speeds).decode(BUILDER, OURS) == Spread(1, 2, 3, 3)
     with pytest.raises(ValueError):
-        ratio([1.0], [1.0, 2.0])
+        quiet(_speed(1), _speed(1, 2))
+
+
+def test_disturbed_rounds_are_left_out_where_three_remain() -> None:
+    calm, busy = Round(1, 0.0, (1.0,)), Round(1, 0.5, (9.0,))
+    speed = Speed(0, 0, (calm, busy, calm, calm))
+    assert (len(quiet(speed)), speed.step_s) == (3, 1.0)
+    assert len(quiet(speed, Speed(0, 0, (calm, calm, calm, busy)))) == 4  # two are too few
 
 
 def test_a_disturbed_round_is_repeated() -> None:
@@ -84,6 +92,6 @@ def test_the_page_ends_with_the_tables() -> None:
 def test_every_row_of_the_table_has_all_cells() -> None:
     lines = markdown(RESULTS).splitlines()
     assert lines[0] == "CPU abacus, cores 2"
-    assert "other processes used 2%" in lines[2]
+    assert lines[2].startswith("From 18 of 18 rounds; in these, other processes used 2%")
     for block in "\n".join(lines[4:]).strip().split("\n\n"):
         assert len({row.count("|") for row in block.splitlines()}) == 1
