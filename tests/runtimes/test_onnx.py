@@ -258,7 +258,7 @@ def test_the_context_ends_with_an_error_and_not_with_wrong_numbers(session: Onnx
 
 
 def test_tensors_outlive_the_call_that_made_them(session: OnnxSession, slots: Slots) -> None:
-    """OrtValue does not own the arrays it is made of: freed ones would be read as what comes after them."""
+    """Whatever an OrtValue keeps alive of an array: a freed one would be read as what comes after it."""
     gates = {"alpha": 0.5, "beta": 0.5}
     first, rank = fresh(session, gates), 2 * sum(RANKS)
     session.select(gates)
