@@ -32,7 +32,7 @@ test: .venv-test/ready
 heavy: .venv-test/ready
 	.venv-test/bin/python -m pytest -q -m heavy
 
-lint:
+lint: .venv-test/ready
 	.venv-test/bin/ruff check
 	.venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
