@@ -62,7 +62,7 @@ def one_line(stderr: str) -> str:
 
 
 SERVER = """
-import json, os, sys
+import json, os, sys, time
 import torch
 from calora_export import cli, golden, graph, model, routers
 from calora_export.targets import onnx
@@ -72,6 +72,8 @@ for line in sys.stdin:
     if child == 0:
         for handle in ("stdout", "stderr"):
             os.dup2(os.open(order[handle], os.O_WRONLY | os.O_CREAT), getattr(sys, handle).fileno())
+        if order["hold"]:
+            onnx.lower_router = lambda *arguments: time.sleep(300)
         sys.argv = order["argv"]
         cli.main()
     print(child, flush=True)
@@ -90,13 +92,13 @@ class Exporter:
         )
         self.files = {"stdout": str(directory / "stdout"), "stderr": str(directory / "stderr")}
 
-    def start(self, *arguments: object) -> int:
-        """The process id of `calora-export export` with these arguments."""
+    def start(self, *arguments: object, hold: bool = False) -> int:
+        """The process id of `calora-export export` with these arguments; `hold` it when the model is written."""
         assert self.server.stdin is not None and self.server.stdout is not None
         for file in self.files.values():
             Path(file).unlink(missing_ok=True)
         argv = ["calora-export", "export", *map(str, arguments), "--recipe", "onnx-int4"]
-        print(json.dumps({"argv": argv, **self.files}), file=self.server.stdin, flush=True)
+        print(json.dumps({"argv": argv, "hold": hold, **self.files}), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
 
     def finish(self) -> tuple[int, str, str]:
@@ -114,11 +116,11 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exporter]:
 
 
 def start_and_signal(exporter: Exporter, tiny: Path, out: Path, number: signal.Signals) -> tuple[int, str, str]:
-    """Signal an export that has begun to write the model; its exit code, what it said, and its errors."""
-    process = exporter.start(tiny, "-o", out)
+    """Signal an export that has written the model and the adapters; its exit code, what it said, and its errors."""
+    process = exporter.start(tiny, "-o", out, hold=True)
     deadline = time.monotonic() + 120
-    while not any((out.parent / name / "model.onnx.data").exists() for name in hidden(out.parent)):
-        assert time.monotonic() < deadline, "the export never began to write"
+    while not any((out.parent / name / "adapters" / "beta.onnx_adapter").exists() for name in hidden(out.parent)):
+        assert time.monotonic() < deadline, "the export never wrote its adapters"
         time.sleep(0.01)
     os.kill(process, number)
     return exporter.finish()
