@@ -8,8 +8,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+Handle = TypeVar("Handle")
 CONTEXT = 512
 
 
@@ -71,18 +72,18 @@ class LlamaDriver:
         llama_cpp.llama_log_set(self.silence, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         defaults = llama_cpp.llama_model_default_params()
-        self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), defaults)
+        self.model = _made(llama_cpp.llama_model_load_from_file(str(model).encode(), defaults))
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = CONTEXT
         params.n_threads = params.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.context = _made(llama_cpp.llama_init_from_model(self.model, params))
         self.memory = llama_cpp.llama_get_memory(self.context)
-        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.vocab = llama_cpp.llama_vocab_n_tokens(_made(llama_cpp.llama_model_get_vocab(self.model)))
         if adapter is not None:
             self.activate(self.load_adapter(adapter))
 
     def load_adapter(self, adapter: Path) -> object:
-        return self.library.llama_adapter_lora_init(self.model, str(adapter).encode())
+        return _made(self.library.llama_adapter_lora_init(self.model, str(adapter).encode()))
 
     def activate(self, adapter: object) -> None:
         handles = (self.library.llama_adapter_lora_p_ctypes * 1)(adapter)
@@ -104,6 +105,13 @@ class LlamaDriver:
         batch = self.library.llama_batch_get_one(array, len(tokens))
         if self.library.llama_decode(self.context, batch) != 0:
             raise RuntimeError("llama.cpp could not decode")
+
+
+def _made(handle: Handle | None) -> Handle:
+    """llama.cpp returns no object where it failed."""
+    if handle is None:
+        raise RuntimeError("llama.cpp could not load the model or the adapter")
+    return handle
 
 
 def llama_swap_ms(model: Path, adapters: Sequence[Path], threads: int) -> float:

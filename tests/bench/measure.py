@@ -12,6 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -160,22 +161,18 @@ def open_driver(system: System, threads: int) -> Driver:
 
 
 def _serve(connection: Connection, system: System, threads: int) -> None:
-    """Answer `load` (seconds), `round` (seconds of a prefill, of a token) and `memory` (peak bytes)."""
-    driver = open_driver(system, threads)  # once for the library's import and the page cache
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        if request == "load":
-            del driver
-            begin = time.perf_counter()
-            driver = open_driver(system, threads)
-            connection.send((time.perf_counter() - begin,))
-        elif request == "round":
-            connection.send(_round(driver))
-        else:
-            connection.send((float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),))
+    """Answer `load` (seconds), then each `round` (see `_round`) and `memory` (peak bytes)."""
+    with suppress(EOFError):  # the parent has closed its end
+        connection.recv()  # only now: the others are being loaded before
+        open_driver(system, threads)  # once for the library's import and the page cache
+        begin = time.perf_counter()
+        driver = open_driver(system, threads)
+        connection.send((time.perf_counter() - begin,))
+        while True:
+            if connection.recv() == "round":
+                connection.send(_round(driver))
+            else:
+                connection.send((float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),))
 
 
 def _round(driver: Driver) -> tuple[float, ...]:
