@@ -104,7 +104,7 @@ class Swap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Latency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Speed and memory: milliseconds, tokens per second, MB of 10^6 bytes.
 
-    A tax is the time of a decode step with one adapter (a mix of two) divided by that of the base. None is
+    A tax is the time of a decode step with one adapter divided by the base's, or of a mix of two by one's. None is
     what was not measured: no second adapter, no router, no memory figure from a browser.
     """
 
