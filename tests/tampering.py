@@ -1,9 +1,7 @@
-"""Packages changed so that only their numbers tell: package.json lists the changed files' own hashes."""
+"""Packages on ONNX Runtime, changed so that only their numbers tell."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,25 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from tests.bundles import edit_json
+from tests.packages import refresh
 
 Arrays = dict[str, np.ndarray]
-
-
-def copy_package(source: Path, destination: Path) -> Path:
-    """A copy to break, without the report of the original."""
-    return Path(shutil.copytree(source, destination, ignore=shutil.ignore_patterns("report")))
-
-
-def refresh(package: Path) -> None:
-    """List every file's present hash and size in package.json."""
-
-    def update(manifest: dict) -> None:
-        for name, entry in manifest["files"].items():
-            data = (package / name).read_bytes()
-            entry.update(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-
-    edit_json(package / "package.json", update)
 
 
 def adapter_file(package: Path, identifier: str) -> Path:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from calora_export import cli
 from calora_export.version import VERSION
 from tests.bundles import copy_bundle, edit_json, tiny_base, tiny_bundle
-from tests.tampering import copy_package
+from tests.packages import copy_package
 
 LISTS = ("targets", "recipes", "devices", "adapters", "routers", "formats")
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from calora_export import cli, pipeline
 from calora_export.errors import PackageError
 from tests.bundles import copy_bundle
-from tests.tampering import copy_package
+from tests.packages import copy_package
 
 PAGE = 4096
 WRITTEN_IN_ORDER = (

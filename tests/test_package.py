@@ -15,7 +15,7 @@ from calora_export import package as packages
 from calora_export.errors import FingerprintError, PackageError
 from calora_export.package import written
 from tests.bundles import edit_json
-from tests.tampering import copy_package
+from tests.packages import copy_package
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from calora_export import inspection, pipeline
 from calora_export.errors import BundleError, CaloraError, FingerprintError, PackageError, UnsupportedError
 from calora_export.runtimes import onnx
 from tests.bundles import copy_bundle, edit_json, edit_tensors, tiny_bundle
-from tests.tampering import adapter_file, copy_package, read_adapter
+from tests.packages import copy_package
+from tests.tampering import adapter_file, read_adapter
 
 
 @pytest.fixture(scope="module")

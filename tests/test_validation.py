@@ -21,15 +21,8 @@ from calora_export.errors import DeviceError, FingerprintError
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
 from tests.bundles import edit_json, tiny_bundle
-from tests.tampering import (
-    Arrays,
-    adapter_file,
-    copy_package,
-    edit_adapter,
-    edit_router,
-    edit_weight,
-    refresh,
-)
+from tests.packages import copy_package, refresh
+from tests.tampering import Arrays, adapter_file, edit_adapter, edit_router, edit_weight
 
 ALPHA = {"adapter:alpha", "mix:alpha+beta", "route:alpha+beta"}
 EVERY = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta"}

@@ -28,7 +28,7 @@ from calora_export.recipe import Recipe, Tolerance
 from calora_export.runtimes import Mix, Session
 from tests.bundles import RANKS, copy_bundle
 from tests.conftest import Export
-from tests.tampering import copy_package
+from tests.packages import copy_package
 from tests.twin import Family, calora, dense_twin
 
 CASES = [(target, name) for target in targets.names() for name, r in recipe.catalogue().items() if r.target == target]

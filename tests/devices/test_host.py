@@ -17,7 +17,8 @@ from calora_export.devices import host
 from calora_export.errors import DeviceError, PackageError
 from calora_export.jobs import Case, Completion, Job, Safety, Timing, Trace, read_trace, write_job
 from calora_export.runtimes import Mix
-from tests.tampering import adapter_file, copy_package, refresh
+from tests.packages import copy_package, refresh
+from tests.tampering import adapter_file
 
 IDS = tuple(range(40, 72))
 SAFETY_IDS = tuple(range(64))

@@ -19,7 +19,8 @@ from calora_export.runtimes import onnx as runtime
 from calora_export.runtimes.onnx import OnnxSession
 from tests.bundles import ALPHA, LAYERS, RANKS
 from tests.conftest import Export, Families
-from tests.tampering import Arrays, adapter_file, copy_package, edit_adapter, read_adapter, refresh, write_adapter
+from tests.packages import copy_package, refresh
+from tests.tampering import Arrays, adapter_file, edit_adapter, read_adapter, write_adapter
 
 IDS = list(range(60, 80))
 Q = "model.layers.1.self_attn.q_proj"
