@@ -1,0 +1,167 @@
+"""A package of the null target on PyTorch, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from calora_export import program
+from calora_export.adapters import Adapter
+from calora_export.errors import PackageError, UnsupportedError, mismatch
+from calora_export.package import Package, Slots
+from calora_export.runtimes import Mix
+
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+
+
+def suffix() -> str:
+    return ".safetensors"
+
+
+def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
+    """Write an adapter in the layout of the slots. The same adapter gives the same bytes."""
+    path.write_bytes(save(arrange(adapter, slots), metadata={slots.fingerprint: fingerprint}))
+
+
+def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
+    """Tensor name → array: per site `down` [R, in] and `up` [R, out], zeros where the adapter has no rows."""
+    dtype, rank = DTYPES[slots.dtype], adapter.rank
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in slots.tensors:
+        rows = adapter.sites.get(tensor.site)
+        down = np.zeros((rank, tensor.inputs)) if rows is None else rows.down
+        up = np.zeros((rank, tensor.outputs)) if rows is None else rows.up.T
+        arrays[tensor.down], arrays[tensor.up] = down.astype(dtype, order="C"), up.astype(dtype, order="C")
+    if slots.recovery is not None:
+        arrays[slots.recovery] = adapter.recovery
+    elif adapter.recovery.any():
+        hint = "export again from a bundle with recovery"
+        raise UnsupportedError(mismatch(adapter.id, "branches", "linear ones only", "recovery", hint))
+    return arrays
+
+
+def read_adapter(path: Path, slots: Slots) -> tuple[dict[str, Tensor], str]:
+    """The tensors of an adapter file, mapped, and the fingerprint of its base."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as error:
+        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
+    if slots.fingerprint not in metadata:
+        raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
+    return tensors, metadata[slots.fingerprint]
+
+
+def _require_layout(file: str, tensors: Mapping[str, Tensor], slots: Slots) -> None:
+    """Refuse tensors that are not those of the slots, in their type and for one rank."""
+    rank = next((len(tensors[slot.up]) for slot in slots.tensors if slot.up in tensors and tensors[slot.up].dim()), 0)
+    dtype = DTYPES[slots.dtype].name
+    expected = {slot.down: f"{dtype} {[rank, slot.inputs]}" for slot in slots.tensors}
+    expected |= {slot.up: f"{dtype} {[rank, slot.outputs]}" for slot in slots.tensors}
+    expected |= {slots.recovery: f"bool {[rank]}"} if slots.recovery else {}
+    found = {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise PackageError(mismatch(file, name, expected.get(name, "no such slot"), found.get(name, "nothing")))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the program takes after its cache: downs [R, in] and ups [out, R] by site, gate [R], recovery bool [R]."""
+
+    downs: Sequence[Tensor]
+    ups: Sequence[Tensor]
+    gate: Tensor
+    recovery: Tensor
+
+    @staticmethod
+    def blended(parts: Sequence[tuple[Mapping[str, Tensor], float]], slots: Slots) -> _Rows:
+        """Several adapters' rows side by side, each with its gate; rank 0 without any."""
+
+        def stacked(name: str, width: int) -> Tensor:
+            return torch.cat([torch.zeros(0, width), *(tensors[name].float() for tensors, _ in parts)])
+
+        ranks = [len(tensors[slots.tensors[0].up]) if slots.tensors else 0 for tensors, _ in parts]
+        gate = torch.tensor([gate for (_, gate), rank in zip(parts, ranks, strict=True) for _ in range(rank)])
+        recovery = torch.zeros(sum(ranks), dtype=torch.bool)
+        if slots.recovery is not None and parts:
+            recovery = torch.cat([tensors[slots.recovery] for tensors, _ in parts])
+        downs = [stacked(slot.down, slot.inputs) for slot in slots.tensors]
+        return _Rows(downs, [stacked(slot.up, slot.outputs).T for slot in slots.tensors], gate, recovery)
+
+
+def open_session(package: Package, threads: int) -> TorchSession:
+    """PyTorch has one number of threads per process: the last session that is opened sets it."""
+    torch.set_num_threads(threads)
+    return TorchSession(package)
+
+
+class TorchSession:
+    """Implements Session."""
+
+    def __init__(self, package: Package) -> None:
+        self._package, self._manifest = package, package.manifest
+        self._model = program.read(package.path / self._manifest.model.file)
+        self._router: program.Program | None = None
+        self._adapters: dict[str, Mapping[str, Tensor]] = {}
+        self._cache: list[Tensor] = []
+        self._mix: dict[str, float] = {}
+        self.select({})
+
+    @property
+    def mix(self) -> Mix:
+        return dict(self._mix)
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
+        self._rows = _Rows.blended(parts, self._manifest.slots)
+        self._mix = dict(mix)
+        if not keep_cache:
+            self.forget()
+
+    def forget(self) -> None:
+        model = self._manifest.model
+        self._cache = [torch.zeros(1, model.kv_heads, 0, model.head_dim)] * (2 * model.layers)
+
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        context, total = self._manifest.model.context, self._cache[0].shape[2] + len(ids)
+        if total > context:
+            expected = f"at most {context} tokens of prompt and answer"
+            raise PackageError(mismatch("package.json", "model.context", expected, total))
+        rows = self._rows
+        logits, *self._cache = self._model(
+            torch.tensor([list(ids)]), *self._cache, *rows.downs, *rows.ups, rows.gate, rows.recovery
+        )
+        return logits[0].numpy()
+
+    def route(self, ids: Sequence[int]) -> np.ndarray:
+        router = self._manifest.router
+        if router is None:
+            raise PackageError(mismatch("package.json", "router", "a router", "none", "name an adapter instead"))
+        if self._router is None:
+            self._router = program.read(self._package.path / router.file)
+        return self._router(torch.tensor([list(ids)]))[0].numpy()
+
+    def admit(self, path: Path) -> None:
+        self._load(path)
+
+    def _adapter(self, identifier: str) -> Mapping[str, Tensor]:
+        if identifier not in self._adapters:
+            self._adapters[identifier] = self._load(self._package.path / self._package.adapter(identifier).file)
+        return self._adapters[identifier]
+
+    def _load(self, path: Path) -> Mapping[str, Tensor]:
+        """Refuse what was not made for this base and these slots: the file itself says what it is."""
+        slots = self._manifest.slots
+        tensors, fingerprint = read_adapter(path, slots)
+        self._package.require_fingerprint(path.name, fingerprint)
+        _require_layout(path.name, tensors, slots)
+        return tensors
