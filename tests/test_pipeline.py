@@ -66,16 +66,6 @@ def refusal(package: Path, adapter: Path) -> CaloraError:
 # ── export ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_two_exports_are_byte_identical(package: Path, tiny: Path, tmp_path: Path) -> None:
-    """Also from another directory and over an older package."""
-    moved = copy_bundle(tiny, tmp_path / "elsewhere")
-    shutil.copytree(package, tmp_path / "again")
-    pipeline.export(moved, tmp_path / "again", "onnx-int4")
-    first, second = content(package), content(tmp_path / "again")
-    assert set(first) == set(second)
-    assert [name for name in first if first[name] != second[name]] == []
-
-
 def test_a_base_of_floats_is_quantised_and_the_package_says_so(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", compressed=False, adapters=(), router=False)
     made = pipeline.export(bundle, tmp_path / "package", "onnx-int4").manifest
