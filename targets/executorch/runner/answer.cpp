@@ -1,0 +1,116 @@
+#include "answer.h"
+
+#include "clock.h"
+#include "error.h"
+#include "job.h"
+#include "measuring.h"
+
+#include <sys/utsname.h>
+
+#include <algorithm>
+#include <fstream>
+
+namespace calora {
+namespace {
+
+void force(Session& session, const Case& item, std::ostream& logits) {
+  const auto write = [&](const float* row) {
+    logits.write(reinterpret_cast<const char*>(row), session.package().vocab * int64_t(sizeof(float)));
+  };
+  session.select(item.mix);
+  write(session.extend(item.ids.data(), size_t(item.prefill)));
+  for (size_t i = size_t(item.prefill); i < item.ids.size(); ++i) write(session.extend(&item.ids[i], 1));
+}
+
+Tokens complete(Session& session, const Completion& completion) {
+  const Mix mix{{completion.adapter, 1.0}};
+  if (session.mix() != mix) session.select(mix);
+  session.forget();
+  const Tokens& ends = session.package().ends;
+  Tokens made, fed = completion.ids;
+  while (int64_t(made.size()) < completion.limit &&
+         (made.empty() || std::find(ends.begin(), ends.end(), made.back()) == ends.end())) {
+    made.push_back(session.next(fed));
+    fed = {made.back()};
+  }
+  return made;
+}
+
+bool refuses(const Session& session, const std::string& forged) {
+  try {
+    session.admit(forged);
+    return false;
+  } catch (const Error&) {
+    return true;
+  }
+}
+
+Json check_safety(Session& session, const Safety& safety) {
+  const size_t half = safety.ids.size() / 2;
+  const Tokens head(safety.ids.begin(), safety.ids.begin() + int64_t(half)),
+      tail(safety.ids.begin() + int64_t(half), safety.ids.end());
+  using Logits = std::vector<float>;
+  const auto copy = [&](const float* logits) { return Logits(logits, logits + session.package().vocab); };
+  const auto fresh = [&](const Mix& mix) {
+    session.select(mix);
+    return copy(session.extend(safety.ids));
+  };
+  const Logits first = fresh(safety.first), second = fresh(safety.second), again = fresh(safety.first);
+  session.select(safety.first);
+  session.extend(head);
+  session.select(safety.second);
+  const Logits switched = copy(session.extend(safety.ids));
+  session.select(safety.first);
+  session.extend(head);
+  session.select(safety.second, /*keep_cache=*/true);
+  const Logits stale = copy(session.extend(tail));
+  return {{"aba", first == again},
+          {"fresh", switched == second},
+          {"stale", stale != second},
+          {"refused", refuses(session, safety.forged)}};
+}
+
+/// Bytes; 0 where the system does not say.
+int64_t peak_rss() {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;)
+    if (int64_t kibibytes = 0; word == "VmHWM:" && status >> kibibytes) return kibibytes * 1024;
+  return 0;
+}
+
+} // namespace
+
+void answer(const std::filesystem::path& package, const std::filesystem::path& directory) {
+  const Job job = Job::read(directory / "job.json");
+  const Stopwatch watch;
+  Session session(Package::load(package), job.threads);
+  const double load = watch.milliseconds();
+
+  std::ofstream logits(directory / "logits.bin", std::ios::binary);
+  for (const Case& item : job.cases) force(session, item, logits);
+  if (!logits.flush()) throw Error("logits.bin: cannot be written");
+  Json gates = Json::array(), completions = Json::array(), safety, timing;
+  for (const Tokens& ids : job.routes) gates.push_back(session.route(ids));
+  for (const Completion& completion : job.completions) completions.push_back(complete(session, completion));
+  if (job.safety) safety = check_safety(session, *job.safety);
+  if (job.timing) timing = measure(session, *job.timing, load, job.routes);
+
+  utsname system{};
+  uname(&system);
+  const Json trace = {
+      {"device", system.nodename},
+      {"arch", system.machine},
+      {"os", std::string(system.sysname) + " " + system.release},
+      {"runtime", "executorch"},
+      {"vocab", session.package().vocab},
+      {"gates", gates},
+      {"completions", completions},
+      {"safety", safety},
+      {"timing", timing},
+      {"peak_rss", peak_rss()},
+  };
+  std::ofstream file(directory / "trace.json", std::ios::binary);
+  if (!(file << trace.dump() << '\n').flush()) throw Error("trace.json: cannot be written");
+}
+
+} // namespace calora
