@@ -148,17 +148,23 @@ class _Step:
 class Program:
     """A program that can be called: its inputs in order, one tensor each, and its results in order."""
 
+    file: str
     inputs: Sequence[str]
     tensors: Mapping[str, Tensor]
     steps: Sequence[_Step]
     results: Sequence[str]
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """PackageError when an operator does not take its arguments: the file was changed, or the operator since."""
         values: dict[str, object] = {**self.tensors, **dict(zip(self.inputs, inputs, strict=True))}
         with torch.no_grad():
             for step in self.steps:
                 options = {key: _filled(value, values) for key, value in step.options.items()}
-                values[step.value] = step.function(*(_filled(arg, values) for arg in step.args), **options)
+                args = [_filled(arg, values) for arg in step.args]
+                try:
+                    values[step.value] = step.function(*args, **options)
+                except (RuntimeError, TypeError, ValueError, LookupError) as error:
+                    raise PackageError(f"{self.file}: {step.value}: {str(error).partition(chr(10))[0]}") from error
         return [values[name] for name in self.results]  # type: ignore[misc]
 
 
@@ -193,7 +199,7 @@ def read(path: Path) -> Program:
     for name in listing.results:
         _decoded({"value": name}, known, path.name)
     held = {value: tensors[name] for value, name in listing.tensors.items()}
-    return Program(listing.inputs, held, steps, listing.results)
+    return Program(path.name, listing.inputs, held, steps, listing.results)
 
 
 def _operator(name: str) -> Callable[..., object] | None:

@@ -238,6 +238,13 @@ def test_a_damaged_file_is_one_line(file: Path, damage: Callable[[Path], object]
     assert "\n" not in str(caught.value)
 
 
+def test_an_operator_that_does_not_take_its_arguments_is_one_line(file: Path) -> None:
+    edit(file, lambda document: document["calls"][0].update(args=[]))
+    with pytest.raises(PackageError, match="^file: [a-z_0-9]+: aten::.* missing value for argument") as caught:
+        program.read(file)(torch.zeros(4, 4))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_deep_argument_is_refused_and_not_followed(file: Path) -> None:
     edit(file, lambda document: document["calls"][0].update(args="DEEP"))
     header, data = _header(file)
