@@ -14,7 +14,7 @@ class Plan:
     base_steps: int = 2500
     base_batch: int = 64
     base_lr: float = 2e-3
-    adapter_steps: int = 300
+    adapter_steps: int = 500
     adapter_batch: int = 32
     adapter_lr: float = 3e-3
     rank: int = 8
