@@ -117,8 +117,10 @@ def unpack_int32(packed: np.ndarray, bits: int) -> np.ndarray:
     return (codes - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
-def quantize_symmetric(weight: np.ndarray, bits: int, group_size: int) -> PackedWeight:
-    """Round float32 [out, in] to the nearest q · scale; scale = absmax / (2^(bits-1) - 1), bfloat16.
+def quantize_symmetric(
+    weight: np.ndarray, bits: int, group_size: int, scales: type[np.generic] | None = None
+) -> PackedWeight:
+    """Round float32 [out, in] to the nearest q · scale; scale = absmax / (2^(bits-1) - 1), bfloat16 unless stated.
 
     Zeros stay exactly zero, a group of zeros gets scale 1. ValueError when groups do not divide the columns.
     """
@@ -132,7 +134,7 @@ def quantize_symmetric(weight: np.ndarray, bits: int, group_size: int) -> Packed
     absmax = np.abs(groups).max(axis=2)
     # Below the smallest normal number bfloat16 loses its precision, and absmax / scale would leave the range.
     scale = np.maximum(absmax / np.float32(top), np.finfo(np.float32).tiny)
-    scale = np.where(absmax > 0, scale, 1).astype(ml_dtypes.bfloat16)
+    scale = np.where(absmax > 0, scale, 1).astype(scales or ml_dtypes.bfloat16)
     q = np.clip(np.rint(groups / scale.astype(np.float32)[:, :, None]), -top - 1, top)
     return PackedWeight(q.astype(np.int8).reshape(rows, columns), scale, bits, group_size)
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from calora_export import ops
+from calora_export import ops, quiet
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle, read_base_config
 from calora_export.compression import DenseWeight, PackedWeight
 from calora_export.errors import BundleError, UnsupportedError, mismatch
+from calora_export.recipe import Activations
 
 Weight = DenseWeight | PackedWeight
 WeightOf = Callable[[str], Weight]
@@ -79,7 +80,7 @@ class Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
-        self.group = Group((self,), current, False)
+        self.group = Group((self,), current, "float")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.output(x, self.site)
@@ -88,8 +89,8 @@ class Linear(nn.Module):
 class Group:
     """Linear layers that share an input: the first call computes all of them, the others take their share."""
 
-    def __init__(self, members: tuple[Linear, ...], current: _Current, round_activations: bool) -> None:
-        self.members, self.round_activations = members, round_activations
+    def __init__(self, members: tuple[Linear, ...], current: _Current, activations: Activations) -> None:
+        self.members, self.activations = members, activations
         self.sites = tuple(member.site for member in members)
         self._current = current
         self._seen: Tensor | None = None
@@ -119,7 +120,7 @@ class Group:
             [rows.sites[self.sites[i]][1] for i in slotted],
             rows.gate,
             rows.recovery,
-            self.round_activations,
+            self.activations,
         )
 
 
@@ -253,7 +254,7 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **options: None)
 
 
-def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, round_activations: bool = False) -> SlotModel:
+def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activations: Activations = "float") -> SlotModel:
     """Build the bundle's base with slots on every linear layer.
 
     weight_of gives the weight of a module by its name: as stored for the source reference, re-represented for a target.
@@ -263,7 +264,7 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, round_activati
     context = min(context, config.max_position_embeddings)
     _check_rotary(config, context)
     config._attn_implementation = ATTENTION
-    with _parameters_on_meta():
+    with _parameters_on_meta(), quiet.libraries():
         lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     lm.requires_grad_(False).eval()
     current = _Current()
@@ -277,7 +278,7 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, round_activati
     _replace_rotary(lm, context)
     model = SlotModel(lm, current, _shape(config, context))
     _check_same(model, expected)
-    _group_by_input(model, linears, round_activations)
+    _group_by_input(model, linears, activations)
     return model
 
 
@@ -425,7 +426,7 @@ def _takes_layer_type(module: nn.Module) -> bool:
     return "layer_type" in inspect.signature(module.forward).parameters
 
 
-def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], round_activations: bool) -> None:
+def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activations: Activations) -> None:
     """Run one token and see which linear layers are called, one after the other, with the very same tensor."""
     seen: list[tuple[str, Tensor]] = []
     with torch.no_grad():
@@ -437,7 +438,7 @@ def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], round_activ
         else:
             runs.append((x, [site]))
     for _, sites in runs:
-        group = Group(tuple(linears[site] for site in sites), model.current, round_activations)
+        group = Group(tuple(linears[site] for site in sites), model.current, activations)
         for member in group.members:
             member.group = group
     model.groups = tuple(tuple(sites) for _, sites in runs)

@@ -26,12 +26,30 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return grouped.view(out, columns)
 
 
-def quantize_activations(x: Tensor, block: int) -> Tensor:
-    """x with each run of `block` values rounded to int8 and back: scale = max|x| / 127, as the int8 kernels do."""
+def round_activations(x: Tensor, kind: str, block: int) -> Tensor:
+    """x rounded to int8 and back as a target's kernels do it; kind is a recipe's `activations`."""
+    if kind == "int8_block":
+        return _round_blocks(x, block)
+    return _round_tokens(x) if kind == "int8_token" else x
+
+
+def _round_blocks(x: Tensor, block: int) -> Tensor:
+    """Symmetric in each run of `block` values: scale = max|x| / 127 (MatMulNBits with accuracy_level 4)."""
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127.0
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return ((blocks / scale).round() * scale).flatten(-2)
+
+
+def _round_tokens(x: Tensor) -> Tensor:
+    """Asymmetric over each position's features (XNNPACK's qd8): the range, zero within it, in 255 steps; the zero point
+    is taken from the end of the range where it is the more exact."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    steps = torch.where(high == low, torch.ones_like(high), 255.0 / (high - low))
+    from_low, from_high = -128.0 - low * steps, 127.0 - high * steps
+    zero = torch.where((-128.0 + low * steps) + (127.0 + high * steps) > 0, from_low, from_high)
+    zero = zero.clamp(-128, 127).round()
+    return (((x * steps).round() + zero).clamp(-128, 127) - zero) / steps
 
 
 @torch.library.custom_op("calora::linears", mutates_args=())
@@ -45,18 +63,17 @@ def linears(
     ups: list[Tensor],
     gate: Tensor,
     recovery: Tensor,
-    round_activations: bool,
+    activations: str,
 ) -> list[Tensor]:
     """y_i = base_i(x) + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
 
     x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
-    linear slotted[j]; gate [R]; recovery bool [R]. round_activations: a packed base reads x rounded to int8 per group.
+    linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x.
     Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
     """
     ys = []
     for weight, scale, bias in zip(weights, scales, biases, strict=True):
-        packed = scale.numel() > 0
-        seen = quantize_activations(x, x.shape[-1] // scale.shape[1]) if round_activations and packed else x
+        seen = round_activations(x, activations, x.shape[-1] // scale.shape[1]) if scale.numel() else x
         ys.append(F.linear(seen, dequantize(weight, scale), bias if bias.numel() else None))
     for index, down, up in zip(slotted, downs, ups, strict=True):
         rows = F.linear(x, down)
@@ -66,7 +83,7 @@ def linears(
 
 
 @linears.register_fake
-def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, round_activations):
+def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activations):
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 

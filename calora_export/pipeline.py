@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from calora_export import graph
     from calora_export.model import SlotModel
 
-LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime")
+LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime", "executorch")
 GOLDEN_ADAPTERS = 8
 Progress = Callable[[str], None]
 
@@ -130,8 +130,8 @@ class _Export:
 
         progress("composing the model")
         weights = Weights(self.bundle, self.recipe)
-        rounds = self.recipe.activations == "int8"
-        composed = model.compose(self.bundle, weights, context=self.recipe.context, round_activations=rounds)
+        context, activations = self.recipe.context, self.recipe.activations
+        composed = model.compose(self.bundle, weights, context=context, activations=activations)
         progress("tracing the graph")
         recovery = any(adapter.recovery.any() for adapter in self.adapters)
         last_only = self.recipe.logits == "last"

@@ -11,24 +11,26 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from calora_export import resources
+from calora_export import holding, resources
 from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
 from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
 Weight = DenseWeight | PackedWeight
+Activations = Literal["float", "int8_block", "int8_token"]
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to hold the weights of some modules. The first rule whose pattern matches a module's name wins; a `*` in it
     stands for any text.
 
-    fp32 holds every weight dense. int4 and int8 keep packed weights exactly as the bundle has them and quantise dense
-    ones (symmetric, round to nearest), which the package and the report then say.
+    fp32 holds every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the target's
+    kernels do (`holding`), and quantise dense ones (symmetric, round to nearest) in groups, or rows where group_size
+    is 0. The package and the report say what is not exactly as the bundle has it.
     """
 
     modules: str
     scheme: Literal["fp32", "int8", "int4"]
-    group_size: Annotated[int, Meta(ge=1)] = 32
+    group_size: Annotated[int, Meta(ge=0)] = 32
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,9 +60,11 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One way to lower a bundle.
 
-    context is in positions. logits: of the `last` position or `all` of them. activations: what a packed base reads,
-    `float` as it is or `int8` rounded per block inside the kernel. adapters: the dtype of adapter files.
-    adapter_inputs: `optional` where the runtime has an adapter API, `required` where it has none (browsers).
+    context is in positions; chunk is the longest prefill at once where a target must know, rank_budget the highest rank
+    of a mix. logits: of the `last` position or `all` of them. activations: what a packed base reads, `float` as it is,
+    or rounded to int8 inside the kernel per block of the weight's group size or per token (`ops.round_activations`).
+    adapters: the dtype of adapter files. adapter_inputs: `optional` where the runtime has an adapter API, `required`
+    where it has none (browsers).
     """
 
     target: str
@@ -68,8 +72,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: tuple[Rule, ...]
     parity: Parity
     context: Annotated[int, Meta(ge=1)] = 2048
+    chunk: Annotated[int, Meta(ge=1)] = 512
+    rank_budget: Annotated[int, Meta(ge=1)] = 256
     logits: Literal["last", "all"] = "last"
-    activations: Literal["float", "int8"] = "float"
+    activations: Activations = "float"
     adapters: Literal["fp32", "fp16"] = "fp32"
     adapter_inputs: Literal["optional", "required"] = "optional"
 
@@ -96,26 +102,20 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
         dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.values
         return Representation(DenseWeight(dense), True)
     if isinstance(weight, PackedWeight):
-        return Representation(_regrouped(weight, module), True)
+        held = holding.hold(recipe.target, module, weight)
+        return Representation(held, held is weight or _equal(held, weight))
     columns = weight.values.shape[1]
-    if columns % rule.group_size:
+    group = rule.group_size or columns
+    if columns % group:
         raise UnsupportedError(
-            mismatch(module, "input features", f"a multiple of the recipe's group_size {rule.group_size}", columns)
+            mismatch(module, "input features", f"a multiple of the recipe's group_size {group}", columns)
         )
     bits = {"int4": 4, "int8": 8}[rule.scheme]
-    return Representation(quantize_symmetric(weight.values.astype("float32"), bits, rule.group_size), False)
+    return Representation(quantize_symmetric(weight.values.astype("float32"), bits, group), False)
 
 
-def _regrouped(weight: PackedWeight, module: str) -> PackedWeight:
-    """The same numbers in groups that kernels take, 16 to 128 and a power of two: a longer one's scale is repeated."""
-    size = min(weight.group_size & -weight.group_size, 128)
-    if size == weight.group_size:
-        return weight
-    if size < 16:
-        expected = "a group size that a power of two from 16 divides"
-        raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, "use onnx-fp32"))
-    scale = weight.scale.repeat(weight.group_size // size, axis=1)
-    return PackedWeight(weight.q, scale, weight.bits, size)
+def _equal(a: PackedWeight, b: PackedWeight) -> bool:
+    return bool((a.dequantize() == b.dequantize()).all())
 
 
 def load(name: str) -> Recipe:

@@ -69,8 +69,8 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
     source = model.compose(bundle, lambda module: read_weight(bundle.base, module), context=context)
     target = None
     if package.manifest.represented or settings.activations != "float":
-        rounds = settings.activations == "int8"
-        target = model.compose(bundle, Weights(bundle, settings), context=context, round_activations=rounds)
+        weights = Weights(bundle, settings)
+        target = model.compose(bundle, weights, context=context, activations=settings.activations)
     known = {spec.id for spec in bundle.manifest.adapters}
     shipped = [entry.id for entry in package.manifest.adapters if entry.id in known]
     adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in shipped}

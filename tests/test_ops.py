@@ -36,9 +36,9 @@ def unpacked(q: Tensor, scale: Tensor) -> Tensor:
     return torch.tensor(rows)
 
 
-def slotless(x: Tensor, weight: Tensor, scale: Tensor, rounds: bool = False) -> Tensor:
+def slotless(x: Tensor, weight: Tensor, scale: Tensor, activations: str = "float") -> Tensor:
     none = torch.zeros(0, dtype=torch.bool)
-    return ops.linears(x, [weight], [scale], [EMPTY], [], [], [], EMPTY, none, rounds)[0]
+    return ops.linears(x, [weight], [scale], [EMPTY], [], [], [], EMPTY, none, activations)[0]
 
 
 def gelu(x: float) -> float:
@@ -58,7 +58,7 @@ def test_linears_is_the_slot_contract(draw: torch.Generator) -> None:
     q, scale = packed(draw, 7, 32)
     down, up = normal(draw, 3, 32), normal(draw, 7, 3)
     gate, recovery = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([False, True, False])
-    args = ([weight, q], [EMPTY, scale], [bias, EMPTY], [1], [down], [up], gate, recovery, False)
+    args = ([weight, q], [EMPTY, scale], [bias, EMPTY], [1], [down], [up], gate, recovery, "float")
     dense, slotted = ops.linears(x, *args)
 
     exact = x.double()
@@ -72,7 +72,7 @@ def test_linears_is_the_slot_contract(draw: torch.Generator) -> None:
 def test_rank_0_changes_no_bit(draw: torch.Generator) -> None:
     x, weight = normal(draw, 4, 32), normal(draw, 8, 32)
     none, down, up = torch.zeros(0, dtype=torch.bool), torch.zeros(0, 32), torch.zeros(8, 0)
-    slotted = ops.linears(x, [weight], [EMPTY], [EMPTY], [0], [down], [up], EMPTY, none, False)[0]
+    slotted = ops.linears(x, [weight], [EMPTY], [EMPTY], [0], [down], [up], EMPTY, none, "float")[0]
     assert torch.equal(slotted, F.linear(x, weight))
 
 
@@ -80,7 +80,7 @@ def test_activations_are_rounded_as_the_int8_kernels_round_them() -> None:
     """scale = max |x| / 127 per block, values to the nearest integer; a block of zeros stays zero."""
     x = torch.tensor([[127.0, 1.4, -63.6, 0.0, 0.0, 0.0, 0.0, 0.0, -2.54, 1.271, 0.011, 0.029]])
     expected = torch.tensor([[127.0, 1.0, -64.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.54, 1.28, 0.02, 0.02]])
-    torch.testing.assert_close(ops.quantize_activations(x, 4), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.round_activations(x, "int8_block", 4), expected, atol=1e-6, rtol=0)
 
 
 def test_only_a_packed_base_reads_rounded_activations(draw: torch.Generator) -> None:
@@ -90,9 +90,9 @@ def test_only_a_packed_base_reads_rounded_activations(draw: torch.Generator) -> 
     step = blocks.abs().amax(-1, keepdim=True) / 127
     rounded = (torch.round(blocks / step) * step).reshape(3, 32)
     expected = (rounded @ unpacked(q, scale).double().T).float()
-    torch.testing.assert_close(slotless(x, q, scale, rounds=True), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(slotless(x, q, scale, activations="int8_block"), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(slotless(x, q, scale), expected, atol=1e-3)
-    assert torch.equal(slotless(x, weight, EMPTY, rounds=True), slotless(x, weight, EMPTY))
+    assert torch.equal(slotless(x, weight, EMPTY, activations="int8_block"), slotless(x, weight, EMPTY))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -187,7 +187,7 @@ def test_the_traced_shapes_are_the_real_ones(draw: torch.Generator) -> None:
     tests = ("test_schema", "test_faketensor")
     x, (q, scale), weight = normal(draw, 1, 4, 32), packed(draw, 6, 32), normal(draw, 8, 32)
     rows = ([normal(draw, 3, 32)], [normal(draw, 6, 3)], torch.ones(3), torch.tensor([True, False, True]))
-    linears = (x, [weight, q], [EMPTY, scale], [normal(draw, 8), EMPTY], [1], *rows, True)
+    linears = (x, [weight, q], [EMPTY, scale], [normal(draw, 8), EMPTY], [1], *rows, "int8_block")
     torch.library.opcheck(torch.ops.calora.linears, linears, test_utils=tests)
     torch.library.opcheck(torch.ops.calora.rms_norm, (x, normal(draw, 32), 1e-5), test_utils=tests)
     for table in ((q, scale), (weight, EMPTY)):

@@ -1,4 +1,8 @@
-"""This machine: the job runs in a process of its own, so that its memory and load time are the package's alone."""
+"""This machine: the job runs in a process of its own, so that its memory and load time are the package's alone.
+
+host           the runtime's Python package
+host:native    the target's native runner, as on a phone
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from calora_export import native, runtimes
 from calora_export import package as packages
-from calora_export import runtimes
-from calora_export.errors import CaloraError, DeviceError
+from calora_export.errors import CaloraError, DeviceError, mismatch
 from calora_export.jobs import (
     Answer,
     Case,
@@ -43,7 +47,7 @@ def run(address: str, package: Package, job: Job) -> Trace:
     with tempfile.TemporaryDirectory(prefix="calora-job-") as name:
         directory = Path(name)
         write_job(directory, job)
-        command = [sys.executable, "-m", __name__, str(package.path), name]
+        command = [*_program(address, package), str(package.path), name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired as error:
@@ -52,6 +56,15 @@ def run(address: str, package: Package, job: Job) -> Trace:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise DeviceError(f"host: {lines[-1]}")
         return read_trace(directory, job)
+
+
+def _program(address: str, package: Package) -> list[str]:
+    if not address:
+        return [sys.executable, "-m", __name__]
+    if address != "native" or package.manifest.target != "executorch":
+        expected = "host, or host:native for a package of a target that has a native runner"
+        raise DeviceError(mismatch("--device", f"host:{address}", expected, package.manifest.target))
+    return [str(native.runner())]
 
 
 def main(package_path: str, directory: str) -> int:
@@ -66,8 +79,10 @@ def main(package_path: str, directory: str) -> int:
 
 def answer(package: Package, job: Job) -> Trace:
     """Run a job in this process."""
+    runtime = runtimes.load(package.manifest.target)
+    runtime.prepare()
     start = time.perf_counter()
-    session = runtimes.load(package.manifest.target).open_session(package, job.threads)
+    session = runtime.open_session(package, job.threads)
     load = _milliseconds(start)
     logits = {case.name: _forced(session, case) for case in job.cases}
     gates = tuple(tuple(float(g) for g in session.route(ids)) for ids in job.routes)

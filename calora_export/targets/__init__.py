@@ -13,6 +13,7 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from calora_export import quiet
 from calora_export.errors import RecipeError, mismatch
 
 if TYPE_CHECKING:
@@ -49,4 +50,5 @@ def require(name: str) -> None:
 def load(name: str) -> Target:
     """Import one target."""
     require(name)
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    with quiet.libraries():
+        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]

@@ -12,8 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,12 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import _genai
+from calora_export.targets import _genai, _nodes
+from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
 
 MODEL = "model.onnx"
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
-ATEN, CALORA = torch.ops.aten, torch.ops.calora
-VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots:
@@ -91,36 +89,6 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A linear layer's or the token table's weight: values [out, in], scale [out, groups] or empty, bias or empty."""
-
-    name: str
-    values: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor
-
-    @cached_property
-    def bits(self) -> int:
-        """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers."""
-        if self.scale.numel() == 0:
-            return 0
-        return 4 if int(self.values.min()) >= -8 and int(self.values.max()) <= 7 else 8
-
-    @property
-    def layout(self) -> tuple[int, int, bool]:
-        """Bits, group size and whether there is a bias: weights alike in these can be one matmul."""
-        group = self.values.shape[1] // self.scale.shape[1] if self.bits else 0
-        return self.bits, group, self.bias.numel() > 0
-
-    def packed(self) -> np.ndarray:
-        """uint8 [out, groups, group · bits / 8], offset by 2^(bits-1), the first value in the low nibble."""
-        bits, group, _ = self.layout
-        unsigned = (self.values.numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-        grouped = unsigned.reshape(unsigned.shape[0], -1, group)
-        return grouped if bits == 8 else grouped[..., 0::2] | (grouped[..., 1::2] << 4)
-
-
 class _Lowering:
     """One walk over the traced graph."""
 
@@ -131,20 +99,20 @@ class _Lowering:
         self.values: dict[Node, ir.Value] = {}
         self.members: dict[tuple[Node, int], ir.Value] = {}
         self.shared: dict[str, ir.Value] = {}
-        nodes = list(graph.program.graph.nodes)
-        self.calls = [node for node in nodes if node.op == "call_function"]
-        self.results = [_node(arg) for arg in nodes[-1].args[0]]
+        self.calls, self.results = _nodes.calls(graph), _nodes.results(graph)
         self.norm_of = _norms_after_add(self.calls)
-        self.weights = cache(self._weights)
+        self.weights = cache(lambda node: _nodes.weights(graph, self.roles, node))
         self.packed = self._packed_projections()
-        self.tables = {self.roles[_node(n.args[1]).name] for n in self.calls if n.target is CALORA.embedding.default}
+        self.tables = {
+            self.roles[_nodes.node(n.args[1]).name] for n in self.calls if n.target is CALORA.embedding.default
+        }
 
     # ── the walk ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, fingerprint: bytes) -> list[ir.Value]:
         """Emit every node that the outputs need; return the outputs."""
         self._declare_inputs(fingerprint)
-        live = self._live()
+        live = _nodes.live(self.results, self._operands)
         for node in self.calls:
             if node in live:
                 self._lower(node)
@@ -157,23 +125,13 @@ class _Lowering:
         base = self.build.emit("Identity", self.build.inputs["base_fingerprint"])
         return [*outputs, named(base, "fingerprint", ir.DataType.UINT8, [32])]
 
-    def _live(self) -> set[Node]:
-        live: set[Node] = set()
-        pending = list(self.results)
-        while pending:
-            node = pending.pop()
-            if node not in live and node.op == "call_function":
-                live.add(node)
-                pending.extend(self._operands(node))
-        return live
-
     def _operands(self, node: Node) -> list[Node]:
         """What the lowering of a node reads, given what is fused away."""
         if node.target is CALORA.attention.default:
             if node in self.packed:
                 return [self.packed[node][0]]
-            return [_heads(arg)[0] for arg in node.args[:3]]
-        return [_viewed(node)] if node.target in VIEWS else node.all_input_nodes
+            return [_nodes.heads(arg)[0] for arg in node.args[:3]]
+        return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
 
     def _lower(self, node: Node) -> None:
         handler = _HANDLERS.get(node.target)
@@ -184,14 +142,14 @@ class _Lowering:
 
     def value(self, arg: object) -> ir.Value:
         """The ONNX value of an FX node: a result, an input, or a float tensor that the model holds."""
-        node = _node(arg)
+        node = _nodes.node(arg)
         if node.op != "placeholder":
             return self.values[node]
         role = self.roles[node.name]
         if role in self.build.inputs:
             return self.build.inputs[role]
         tensor = self.graph.tensors[role]
-        return self.build.floats(_short(role), lambda: tensor.numpy(), list(tensor.shape))
+        return self.build.floats(_nodes.short(role), lambda: tensor.numpy(), list(tensor.shape))
 
     # ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -228,27 +186,25 @@ class _Lowering:
 
     # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def _weights(self, node: Node) -> list[_Weight]:
-        found = []
-        for arguments in zip(*(_list(arg) for arg in node.args[1:4]), strict=True):
-            roles = [self.roles[_node(argument).name] for argument in arguments]
-            found.append(_Weight(_short(roles[0]), *(self.graph.tensors[role] for role in roles)))
-        return found
-
     def _packed_projections(self) -> dict[Node, tuple[Node, tuple[int, ...]]]:
         """Attention nodes whose q, k and v are the three outputs of one `linears`: these become one matmul."""
         packed: dict[Node, tuple[Node, tuple[int, ...]]] = {}
         for node in self.calls:
             if node.target is not CALORA.attention.default:
                 continue
-            sources = [_heads(arg) for arg in node.args[:3]]
+            sources = [_nodes.heads(arg) for arg in node.args[:3]]
             if not all(flat and source.target is operator.getitem for source, flat in sources):
                 continue
-            linears = {_node(source.args[0]) for source, _ in sources}
+            linears = {_nodes.node(source.args[0]) for source, _ in sources}
             first = next(iter(linears))
             alike = len({weight.layout for weight in self.weights(first)}) == 1
-            if len(linears) == 1 and len(self.weights(first)) == 3 and alike and len(_list(first.args[4])) in (0, 3):
-                packed[node] = (first, tuple(_int(source.args[1]) for source, _ in sources))
+            if (
+                len(linears) == 1
+                and len(self.weights(first)) == 3
+                and alike
+                and len(_nodes.items(first.args[4])) in (0, 3)
+            ):
+                packed[node] = (first, tuple(_nodes.integer(source.args[1]) for source, _ in sources))
         return packed
 
     def lower_linears(self, node: Node) -> None:
@@ -265,7 +221,7 @@ class _Lowering:
             y = self._matmul(x, [weight])
             self.members[node, i] = self.build.emit("Add", y, deltas[i]) if i in deltas else y
 
-    def _matmul(self, x: ir.Value, weights: Sequence[_Weight]) -> ir.Value:
+    def _matmul(self, x: ir.Value, weights: Sequence[Weight]) -> ir.Value:
         """x times the weights, one below the other."""
         first = weights[0]
         bits, group, biased = first.layout
@@ -282,7 +238,7 @@ class _Lowering:
             key=f"{name}.q",
         )
         scale = self._stacked(f"{name}.scale", [weight.scale for weight in weights], [rows, columns // group])
-        level = INT8_ACTIVATIONS if self.recipe.activations == "int8" else FLOAT_ACTIVATIONS
+        level = INT8_ACTIVATIONS if self.recipe.activations == "int8_block" else FLOAT_ACTIVATIONS
         return self.build.emit(
             "MatMulNBits",
             *([x, packed, scale] + ([None, None, bias] if biased else [])),
@@ -297,7 +253,7 @@ class _Lowering:
     def _stacked(self, name: str, tensors: Sequence[torch.Tensor], shape: Sequence[int]) -> ir.Value:
         return self.build.floats(name, lambda: np.concatenate([tensor.numpy() for tensor in tensors]), shape)
 
-    def _dense(self, x: ir.Value, weights: Sequence[_Weight], name: str, bias: ir.Value | None) -> ir.Value:
+    def _dense(self, x: ir.Value, weights: Sequence[Weight], name: str, bias: ir.Value | None) -> ir.Value:
         values = [weight.values for weight in weights]
         rows, columns = sum(len(value) for value in values), values[0].shape[1]
         if self._is_table(weights[0]):  # stored once, by rows, as Gather needs it
@@ -308,15 +264,15 @@ class _Lowering:
             y = self.build.emit("MatMul", x, transposed)
         return y if bias is None else self.build.emit("Add", y, bias)
 
-    def _is_table(self, weight: _Weight) -> bool:
-        return any(_short(table) == weight.name for table in self.tables)
+    def _is_table(self, weight: Weight) -> bool:
+        return any(_nodes.short(table) == weight.name for table in self.tables)
 
     def _deltas(self, x: ir.Value, node: Node) -> dict[int, ir.Value]:
         """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
-        members = [_int(index) for index in _list(node.args[4])]
-        sites = [self.roles[_node(down).name].removeprefix("down.") for down in _list(node.args[5])]
-        if not sites:
+        members = _nodes.slot_sites(self.roles, node)
+        if not members:
             return {}
+        sites = [site for _, site in members]
         count, slots = len(sites), {slot.site: slot for slot in self.graph.slots}
         features = slots[sites[0]].inputs
         prefix = "+".join([sites[0], *(site.split(".")[-1] for site in sites[1:])])
@@ -327,7 +283,7 @@ class _Lowering:
             rows = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", rows), rows)
         parts = [rows] if count == 1 else self._split_rows(rows, count)
         deltas: dict[int, ir.Value] = {}
-        for i, (member, site, part) in enumerate(zip(members, sites, parts, strict=True)):
+        for i, ((member, site), part) in enumerate(zip(members, parts, strict=True)):
             up = self._adapter_matrix(f"{site}.up", ["rank", slots[site].outputs])
             deltas[member] = self.build.emit("MatMul", part, up)
             self.tensors.append(
@@ -355,8 +311,8 @@ class _Lowering:
 
     def lower_embedding(self, node: Node) -> None:
         ids = self.value(node.args[0])
-        values, scale = (self.roles[_node(arg).name] for arg in node.args[1:])
-        weight = _Weight(_short(values), self.graph.tensors[values], self.graph.tensors[scale], torch.zeros(0))
+        values, scale = (self.roles[_nodes.node(arg).name] for arg in node.args[1:])
+        weight = Weight(_nodes.short(values), self.graph.tensors[values], self.graph.tensors[scale], torch.zeros(0))
         bits, group, _ = weight.layout
         rows, columns = weight.values.shape
         if not bits:
@@ -415,7 +371,7 @@ class _Lowering:
 
     def lower_attention(self, node: Node) -> None:
         *qkv, past_key, past_value, cos, sin, scale, window, softcap = node.args
-        rotary = _node(cos).meta["val"].numel() > 0
+        rotary = _nodes.node(cos).meta["val"].numel() > 0
         if node in self.packed:
             projections: list[ir.Value | None] = [self.values[self.packed[node][0]], None, None]
         else:
@@ -440,7 +396,7 @@ class _Lowering:
 
     def _flat_heads(self, arg: object) -> ir.Value:
         """[B, S, H·D] from what attention gets as [B, H, S, D], without moving it there and back."""
-        source, flat = _heads(arg)
+        source, flat = _nodes.heads(arg)
         value = self.value(source)
         if flat:
             return value
@@ -481,11 +437,11 @@ class _Lowering:
         self.values[node] = self.build.emit("Tanh", self.value(node.args[0]))
 
     def lower_getitem(self, node: Node) -> None:
-        self.values[node] = self.members[_node(node.args[0]), _int(node.args[1])]
+        self.values[node] = self.members[_nodes.node(node.args[0]), _nodes.integer(node.args[1])]
 
     def lower_view(self, node: Node) -> None:
         """A reshape whose only unknown length is the sequence's; none at all if a chain of them ends as it began."""
-        source = _viewed(node)
+        source = _nodes.viewed(node)
         wanted = node.meta["val"].shape
         if source.meta["val"].shape == wanted:
             self.values[node] = self.value(source)
@@ -496,63 +452,25 @@ class _Lowering:
         self.values[node] = self.build.emit("Reshape", self.value(source), self.build.integers(shape))
 
     def lower_transpose(self, node: Node) -> None:
-        x, a, b = _node(node.args[0]), _int(node.args[1]), _int(node.args[2])
+        x, a, b = _nodes.node(node.args[0]), _nodes.integer(node.args[1]), _nodes.integer(node.args[2])
         order = list(range(len(x.meta["val"].shape)))
         order[a], order[b] = order[b], order[a]
         self.values[node] = self.build.emit("Transpose", self.value(x), perm=order)
 
     def lower_slice(self, node: Node) -> None:
         x, axis, start, end = node.args[:4]
-        bounds = [self.build.integers([_int(bound)]) for bound in (start, end, axis)]
+        bounds = [self.build.integers([_nodes.integer(bound)]) for bound in (start, end, axis)]
         self.values[node] = self.build.emit("Slice", self.value(x), *bounds)
 
     def lower_chunk(self, node: Node) -> None:
-        count = _int(node.args[1])
+        count = _nodes.integer(node.args[1])
         parts = self.build.emit_many(
             "Split", self.value(node.args[0]), outputs=count, axis=node.args[2], num_outputs=count
         )
         self.members.update({(node, i): part for i, part in enumerate(parts)})
 
     def lower_same(self, node: Node) -> None:
-        """Casts to fp32 of what is fp32, clones, dropout at inference."""
         self.values[node] = self.value(node.args[0])
-
-
-def _node(arg: object) -> Node:
-    assert isinstance(arg, Node), arg
-    return arg
-
-
-def _int(arg: object) -> int:
-    assert isinstance(arg, int), arg
-    return arg
-
-
-def _list(arg: object) -> Sequence[object]:
-    assert isinstance(arg, (list, tuple)), arg
-    return arg
-
-
-def _short(name: str) -> str:
-    """The Hugging Face name of a tensor in the traced module."""
-    return name.removeprefix("model.lm.")
-
-
-def _viewed(node: Node) -> Node:
-    """What a chain of views looks at."""
-    while node.target in VIEWS:
-        node = _node(node.args[0])
-    return node
-
-
-def _heads(arg: object) -> tuple[Node, bool]:
-    """Follow [B, H, S, D] back over its transpose and view; says whether what it found is [B, S, H·D]."""
-    node = _node(arg)
-    if node.target is not ATEN.transpose.int or tuple(node.args[1:]) != (1, 2):
-        return node, False
-    before = _node(node.args[0])
-    source = _viewed(before)
-    return (source, True) if source.meta["val"].dim() == 3 else (before, False)
 
 
 def _norms_after_add(calls: Sequence[Node]) -> dict[Node, Node]:
@@ -582,8 +500,6 @@ _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
     ATEN.transpose.int: _Lowering.lower_transpose,
     ATEN.slice.Tensor: _Lowering.lower_slice,
     ATEN.chunk.default: _Lowering.lower_chunk,
-    ATEN.to.dtype: _Lowering.lower_same,
-    ATEN.contiguous.default: _Lowering.lower_same,
-    ATEN.dropout.default: _Lowering.lower_same,
+    **dict.fromkeys(_nodes.SAME, _Lowering.lower_same),
     **dict.fromkeys(VIEWS, _Lowering.lower_view),
 }

@@ -1,0 +1,217 @@
+"""A package on ExecuTorch's Python runtime, in this process."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from calora_export import native, quiet
+from calora_export.adapters import Adapter
+from calora_export.errors import PackageError, mismatch
+from calora_export.package import Package, Slots, SlotTensor
+from calora_export.runtimes import Mix
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+STORED = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+METHOD = "adapted"
+
+
+def prepare() -> None:
+    """Register the operators that the runtime does not bring along; calora::slot is built on first use."""
+    kernels = native.kernels()
+    with quiet.libraries():
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+
+        ctypes.CDLL(str(kernels), mode=ctypes.RTLD_GLOBAL)
+
+
+def suffix() -> str:
+    return ".safetensors"
+
+
+def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
+    """Write `rows` [R · width] and `recovery` [R]. The same adapter gives the same bytes."""
+    matrices = []
+    for group in _groups(slots):
+        zero = np.zeros
+        found = [adapter.sites.get(slot.site) for slot in group]
+        downs = [zero((adapter.rank, s.inputs)) if r is None else r.down for s, r in zip(group, found, strict=True)]
+        ups = [zero((adapter.rank, s.outputs)) if r is None else r.up.T for s, r in zip(group, found, strict=True)]
+        matrices += [*downs, *ups]
+    dtype = STORED[slots.dtype]
+    rows = np.concatenate([np.ravel(matrix).astype(dtype) for matrix in matrices] or [np.zeros(0, dtype)])
+    arrays = {"rows": rows, "recovery": adapter.recovery.astype(np.float32)}
+    path.write_bytes(save(arrays, metadata={slots.fingerprint: fingerprint}))
+
+
+def _groups(slots: Slots) -> list[list[SlotTensor]]:
+    """Slots that share an input, in the order of the file."""
+    groups: list[list[SlotTensor]] = []
+    for slot in slots.tensors:
+        if slot.part == 0:
+            groups.append([])
+        groups[-1].append(slot)
+    return groups
+
+
+def _shapes(slots: Slots, rank: int) -> list[tuple[int, int]]:
+    """The matrices of `rows`, one after the other."""
+    return [
+        shape
+        for group in _groups(slots)
+        for shape in (*((rank, slot.inputs) for slot in group), *((rank, slot.outputs) for slot in group))
+    ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the program takes after its tokens: rows [R · width], gate fp32 [R], recovery fp32 [R]."""
+
+    rows: Tensor
+    gate: Tensor
+    recovery: Tensor
+
+
+def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
+    """Several adapters side by side in every matrix, each with its gate. A lone one stays where it is mapped."""
+    none = torch.zeros(0)
+    gate = torch.cat([none, *(rows.gate * gate for rows, gate in parts)])
+    if len(parts) == 1:
+        return Rows(parts[0][0].rows, gate, parts[0][0].recovery)
+    matrices = [_matrices(rows, slots) for rows, _ in parts]
+    joined = [torch.cat(alike).flatten() for alike in zip(*matrices, strict=True)]
+    rows = torch.cat([none.to(DTYPES[slots.dtype]), *joined])
+    return Rows(rows, gate, torch.cat([none, *(rows.recovery for rows, _ in parts)]))
+
+
+def _matrices(rows: Rows, slots: Slots) -> list[Tensor]:
+    shapes = _shapes(slots, len(rows.gate))
+    parts = rows.rows.split([a * b for a, b in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
+    """The rows of an adapter file, mapped, and the fingerprint of its base."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as error:
+        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
+    if slots.fingerprint not in metadata:
+        raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
+    rank = len(tensors["recovery"]) if "recovery" in tensors and tensors["recovery"].dim() else 0
+    size = sum(a * b for a, b in _shapes(slots, rank))
+    expected = {"rows": f"{DTYPES[slots.dtype]} {[size]}", "recovery": f"{torch.float32} {[rank]}"}
+    found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wanted = expected.get(name, "no such tensor")
+            raise PackageError(mismatch(path.name, name, wanted, found.get(name, "nothing")))
+    return Rows(tensors["rows"], torch.ones(rank), tensors["recovery"]), metadata[slots.fingerprint]
+
+
+def open_session(package: Package, threads: int) -> ExecutorchSession:
+    """The runtime has a thread pool of its own, as large as the machine, whatever `threads` allows."""
+    prepare()
+    return ExecutorchSession(package)
+
+
+class ExecutorchSession:
+    """Implements Session. The KV cache lives in the program; what it holds behind `_length` is never read."""
+
+    def __init__(self, package: Package) -> None:
+        self._package, self._manifest = package, package.manifest
+        self._model = _open(package.path / self._manifest.model.file, METHOD)
+        self._router: Method | None = None
+        self._adapters: dict[str, Rows] = {}
+        self._length = 0
+        self._mix: dict[str, float] = {}
+        self.select({})
+
+    @property
+    def mix(self) -> Mix:
+        return dict(self._mix)
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
+        rows = blend(parts, self._manifest.slots)
+        budget = self._manifest.settings.rank_budget
+        if len(rows.gate) > budget:
+            hint = "export with a higher one"
+            expected = f"at least {len(rows.gate)}"
+            raise PackageError(mismatch("package.json", "settings.rank_budget", expected, budget, hint))
+        self._adapter_inputs = [rows.rows, rows.gate, rows.recovery]
+        self._mix = dict(mix)
+        if not keep_cache:
+            self.forget()
+
+    def forget(self) -> None:
+        self._length = 0
+
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        total = self._length + len(ids)
+        if total > self._manifest.model.context:
+            expected = f"at most {self._manifest.model.context} tokens of prompt and answer"
+            raise PackageError(mismatch("package.json", "model.context", expected, total))
+        logits = np.zeros(0)
+        for start in range(0, len(ids), self._manifest.settings.chunk):
+            part = ids[start : start + self._manifest.settings.chunk]
+            inputs = [torch.tensor([list(part)]), torch.tensor([self._length + start]), *self._adapter_inputs]
+            logits = self._model.execute(inputs)[0].numpy()[0]
+        self._length = total
+        return logits
+
+    def route(self, ids: Sequence[int]) -> np.ndarray:
+        router = self._manifest.router
+        if router is None:
+            raise PackageError(mismatch("package.json", "router", "a router", "none", "name an adapter instead"))
+        if self._router is None:
+            self._router = _open(self._package.path / router.file, "forward")
+        return self._router.execute([torch.tensor([list(ids)])])[0].numpy()
+
+    def admit(self, path: Path) -> None:
+        self._load(path)
+
+    def _adapter(self, identifier: str) -> Rows:
+        if identifier not in self._adapters:
+            self._adapters[identifier] = self._load(self._package.path / self._package.adapter(identifier).file)
+        return self._adapters[identifier]
+
+    def _load(self, path: Path) -> Rows:
+        """Refuse what was not made for this base and these slots: the file itself says what it is."""
+        rows, fingerprint = read_adapter(path, self._manifest.slots)
+        self._package.require_fingerprint(path.name, fingerprint)
+        return rows
+
+
+class Method(Protocol):
+    """A loaded method of a program, as executorch.runtime has it."""
+
+    def execute(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+
+def _open(path: Path, method: str) -> Method:
+    """ExecuTorch's errors are codes; its log says more, on stderr."""
+    from executorch.runtime import Runtime
+
+    data = path.with_suffix(".ptd")
+    try:
+        with quiet.libraries():
+            program = Runtime.get().load_program(path, data_path=data if data.is_file() else None)
+            loaded = program.load_method(method)
+    except RuntimeError as error:
+        raise PackageError(f"{path.name}: ExecuTorch refuses it: {str(error).splitlines()[0]}") from error
+    if loaded is None:
+        raise PackageError(mismatch(path.name, "method", method, ", ".join(sorted(program.method_names))))
+    return loaded

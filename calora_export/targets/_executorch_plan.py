@@ -1,0 +1,433 @@
+"""What of a model runs inside XNNPACK delegates and what between them.
+
+Attention, slots and tables are operators of their own; everything else is XNNPACK's. An operator's level is the number
+of outside operators on the longest way to it, so that all XNNPACK nodes of one level are one delegate: without slots,
+30 layers become 31 delegates.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
+from torch.fx import Node
+
+from calora_export.errors import UnsupportedError, mismatch
+from calora_export.graph import Graph
+from calora_export.package import SlotTensor
+from calora_export.targets import _nodes
+from calora_export.targets._executorch_program import Method
+from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
+from calora_export.targets._xnnpack import SEQUENCE, Filter, Shape, Subgraph, Value
+
+Emit = Callable[[Subgraph, Sequence[Value]], Value]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of the program. level: of the delegate that computes it, or of the first that can read it."""
+
+    number: int
+    shape: Shape
+    level: int
+    inside: bool
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A node of the delegate of its output's level."""
+
+    emit: Emit
+    inputs: tuple[Ref, ...]
+    output: Ref
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A method that is being written, and the numbers of what outside operators read. position: how many positions are
+    cached; end: how many will be; constants and caches by their names."""
+
+    method: Method
+    tokens: int
+    position: int
+    end: int
+    adapter: tuple[int, ...]
+    named: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Outside:
+    """An operator between delegates: call(frame, inputs, output) writes its instructions."""
+
+    call: Callable[[Frame, Sequence[int], int], None]
+    inputs: tuple[Ref, ...]
+    output: Ref
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method: its steps in order, the constants and caches that they name, and the logits."""
+
+    steps: tuple[Inside | Outside, ...]
+    constants: Mapping[str, np.ndarray]
+    caches: Mapping[str, Shape]
+    logits: Ref
+
+
+def slot_tensors(graph: Graph) -> tuple[SlotTensor, ...]:
+    """Every slot in the order in which adapter files hold it: group by group, first their downs, then their ups."""
+    roles, sizes = graph.roles(), {slot.site: slot for slot in graph.slots}
+    tensors: list[SlotTensor] = []
+    for node in _nodes.calls(graph):
+        sites = [site for _, site in _nodes.slot_sites(roles, node)] if node.target is CALORA.linears.default else []
+        prefix = "+".join([*sites[:1], *(site.split(".")[-1] for site in sites[1:])])
+        for i, site in enumerate(sites):
+            slot = sizes[site]
+            tensors.append(SlotTensor(site, f"{prefix}.down", i, len(sites), f"{site}.up", slot.inputs, slot.outputs))
+    return tuple(tensors)
+
+
+def plan(graph: Graph, *, slots: bool) -> Plan:
+    """Walk the graph; slots says whether the method takes adapters."""
+    return _Walk(graph, slots).run()
+
+
+@dataclass
+class _Walk:
+    graph: Graph
+    slots: bool
+    steps: list[Inside | Outside] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    caches: dict[str, Shape] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.roles = self.graph.roles()
+        self.values: dict[tuple[Node, int], Ref] = {}
+        self.count = 0
+        self.offset = 0
+        self.layer = 0
+        self.rope: dict[str, Ref] = {}
+
+    def run(self) -> Plan:
+        outputs = _nodes.results(self.graph)
+        needed = _nodes.live(outputs[:1], self._operands)
+        for node in _nodes.calls(self.graph):
+            if node in needed:
+                self._lower(node)
+        logits = self.value(outputs[0])
+        return Plan(_reachable(self.steps, logits), self.constants, self.caches, logits)
+
+    def _operands(self, node: Node) -> Sequence[Node]:
+        if node.target is CALORA.attention.default:
+            return [_nodes.heads(arg)[0] for arg in node.args[:3]]
+        return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
+
+    def _lower(self, node: Node) -> None:
+        if node.target in _nodes.SAME:
+            self.values[node, 0] = self.value(node.args[0])
+            return
+        handler = _HANDLERS.get(node.target)
+        if handler is None:
+            found = f"{node.target} in the model's graph"
+            raise UnsupportedError(mismatch("executorch", "operator", "one that this target lowers", found))
+        handler(self, node)
+
+    # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def value(self, arg: object) -> Ref:
+        """What a node computed."""
+        node = _nodes.node(arg)
+        return self.values[_nodes.member(node) if node.target is operator.getitem else (node, 0)]
+
+    def _inside(self, emit: Emit, inputs: Sequence[Ref], shape: Shape) -> Ref:
+        output = self._ref(shape, max(ref.level for ref in inputs), inside=True)
+        self.steps.append(Inside(emit, tuple(inputs), output))
+        return output
+
+    def _outside(self, call: Callable[[Frame, Sequence[int], int], None], inputs: Sequence[Ref], shape: Shape) -> Ref:
+        level = max((ref.level + ref.inside for ref in inputs), default=0)
+        output = self._ref(shape, level, inside=False)
+        self.steps.append(Outside(call, tuple(inputs), output))
+        return output
+
+    def _ref(self, shape: Shape, level: int, *, inside: bool) -> Ref:
+        self.count += 1
+        return Ref(self.count, shape, level, inside)
+
+    def _unary(self, node: type[schema.XNNNode1x1], x: Ref) -> Ref:
+        return self._inside(lambda graph, values: graph.unary(node, values[0]), [x], x.shape)
+
+    def _reshape(self, x: Ref, shape: Shape) -> Ref:
+        if shape == x.shape:
+            return x
+        return self._inside(lambda graph, values: graph.reshape(values[0], shape), [x], shape)
+
+    def _slice(self, x: Ref, start: int, size: int) -> Ref:
+        shape = (*x.shape[:-1], size)
+        if shape == x.shape:
+            return x
+        return self._inside(lambda graph, values: graph.slice(values[0], start, size), [x], shape)
+
+    # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def lower_linears(self, node: Node) -> None:
+        """All members side by side in one tensor, which the group's slot adds to; then each member's columns."""
+        x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
+        rows = [len(weight.values) for weight in weights]
+        alike = len({weight.layout for weight in weights}) == 1
+        filters = [_stacked(weights)] if alike else [_stacked([weight]) for weight in weights]
+        y = self._inside(
+            lambda graph, values: graph.concatenate([graph.linear(values[0], held) for held in filters]),
+            [x],
+            (*x.shape[:-1], sum(rows)),
+        )
+        starts = [sum(rows[:i]) for i in range(len(rows))]
+        members = _nodes.slot_sites(self.roles, node) if self.slots else []
+        if members:
+            y = self._slot(x, y, [starts[i] for i, _ in members], [rows[i] for i, _ in members])
+        for i, start in enumerate(starts):
+            self.values[node, i] = self._slice(y, start, rows[i])
+
+    def _slot(self, x: Ref, y: Ref, columns: list[int], outs: list[int]) -> Ref:
+        offset = self.offset
+        self.offset += len(outs) * x.shape[-1] + sum(outs)
+
+        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
+            method = frame.method
+            layout = (method.number(offset), method.numbers(columns), method.numbers(outs))
+            method.call("calora::slot.out", [*inputs, *frame.adapter, *layout, output, output])
+
+        return self._outside(call, [x, y], y.shape)
+
+    # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
+
+    def lower_embedding(self, node: Node) -> None:
+        _, weight, scale = (self.roles[_nodes.node(arg).name] for arg in node.args)
+        table, scales = self.graph.tensors[weight].numpy(), self.graph.tensors[scale].numpy()
+        self.constants["table"] = table
+        if scales.size:
+            self.constants["table_scale"] = scales if scales.shape[1] > 1 else scales[:, 0]
+
+        def call(frame: Frame, _: Sequence[int], output: int) -> None:
+            method, weight = frame.method, frame.named["table"]
+            if scales.size:
+                held = (
+                    weight,
+                    frame.named["table_scale"],
+                    method.number(None),
+                    method.number(-128),
+                    method.number(127),
+                )
+                method.call("quantized_decomposed::embedding_byte.out", [*held, frame.tokens, output, output])
+            else:
+                options = (method.number(-1), method.number(False), method.number(False))
+                method.call("aten::embedding.out", [weight, frame.tokens, *options, output, output])
+
+        self.values[node, 0] = self._outside(call, [], (1, SEQUENCE, table.shape[1]))
+
+    def lower_rms_norm(self, node: Node) -> None:
+        x, weight, eps = self.value(node.args[0]), self.graph.tensors[self._role(node.args[1])], node.args[2]
+        array = weight.numpy()
+        self.values[node, 0] = self._inside(
+            lambda graph, values: graph.rms_norm(values[0], array, float(eps)),  # type: ignore[arg-type]
+            [x],
+            x.shape,
+        )
+
+    def _role(self, arg: object) -> str:
+        return self.roles[_nodes.node(arg).name]
+
+    def lower_attention(self, node: Node) -> None:
+        cos, sin, scale, window, softcap = node.args[5:]
+        shape = self.graph.shape
+        if (window and _nodes.integer(window) < shape.context) or softcap:
+            expected = "full attention without a cap, which is what llama::custom_sdpa computes"
+            found = f"sliding_window {window}, softcap {softcap}"
+            raise UnsupportedError(mismatch("base/config.json", "attention", expected, found))
+        q, k, v = (
+            self._per_head(arg, heads)
+            for arg, heads in zip(node.args[:3], (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
+        )
+        if _nodes.node(cos).meta["val"].numel():
+            table = self._rope_rows(cos, sin)
+            q, k = self._rotate(q, table), self._rotate(k, table)
+        layer, size = self.layer, (1, shape.context, shape.kv_heads, shape.head_dim)
+        self.layer += 1
+        self.caches.update({f"key_{layer}": size, f"value_{layer}": size})
+
+        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
+            method, (q, k, v) = frame.method, inputs
+            key, value = frame.named[f"key_{layer}"], frame.named[f"value_{layer}"]
+            for new, cache in ((k, key), (v, value)):
+                unused = method.tensor("fp32", [1], dynamic=False)
+                method.call("llama::update_cache.out", [new, cache, frame.position, unused, unused])
+            options = [method.number(option) for option in (None, 0.0, True, float(scale))]  # type: ignore[arg-type]
+            method.call("llama::custom_sdpa.out", [q, key, value, frame.position, *options, output, output])
+
+        out = self._outside(call, [q, k, v], (1, SEQUENCE, shape.heads, shape.head_dim))
+        self.values[node, 0] = self._reshape(out, (1, SEQUENCE, shape.heads * shape.head_dim))
+
+    def _per_head(self, arg: object, heads: int) -> Ref:
+        """[1, S, H, D] from what attention gets as [1, H, S, D], without moving it there and back."""
+        source, _ = _nodes.heads(arg)
+        if source is arg:
+            raise UnsupportedError(mismatch("executorch", "attention", "heads that were transposed to", str(source)))
+        return self._reshape(self.value(source), (1, SEQUENCE, heads, self.graph.shape.head_dim))
+
+    def _rope_rows(self, cos: object, sin: object) -> Ref:
+        """Cosines, then sines, of the positions of this call: [1, S, 1, 2 · half]."""
+        name = f"rope.{_nodes.short(self._role(cos))}".replace(".", "_")
+        if name not in self.rope:
+            table = np.concatenate([self.graph.tensors[self._role(part)].numpy() for part in (cos, sin)], axis=-1)
+            self.constants[name] = table[None, :, None]
+
+            def call(frame: Frame, _: Sequence[int], output: int) -> None:
+                _slice(frame.method, frame.named[name], frame.position, frame.end, output)
+
+            self.rope[name] = self._outside(call, [], (1, SEQUENCE, 1, table.shape[1]))
+        return self.rope[name]
+
+    def _rotate(self, x: Ref, table: Ref) -> Ref:
+        """The half-split rotary embedding (arXiv 2104.09864) of `ops.rotate`, on [1, S, H, D]."""
+        half, width = table.shape[-1] // 2, x.shape[-1]
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            x, rows = values
+            cos, sin = graph.slice(rows, 0, half), graph.slice(rows, half, half)
+            a, b = graph.slice(x, 0, half), graph.slice(x, half, half)
+            first = graph.subtract(graph.multiply(a, cos), graph.multiply(b, sin))
+            second = graph.add(graph.multiply(b, cos), graph.multiply(a, sin))
+            rest = [graph.slice(x, 2 * half, width - 2 * half)] if width > 2 * half else []
+            return graph.concatenate([first, second, *rest])
+
+        return self._inside(emit, [x, table], x.shape)
+
+    # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def lower_binary(self, node: Node) -> None:
+        kind, sides = _BINARY[node.target], [self._side(arg) for arg in node.args[:2]]
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            computed = iter(values)
+            a, b = (next(computed) if isinstance(side, Ref) else graph.constant(side) for side in sides)
+            return graph.binary(kind, a, b)
+
+        self.values[node, 0] = self._inside(emit, [side for side in sides if isinstance(side, Ref)], _shape(node))
+
+    def _side(self, arg: object) -> Ref | np.ndarray:
+        """An operand: computed, a tensor that the model holds, or a number."""
+        if not isinstance(arg, Node):
+            return np.array([arg])
+        return self.graph.tensors[self._role(arg)].numpy() if arg.op == "placeholder" else self.value(arg)
+
+    def lower_silu(self, node: Node) -> None:
+        x = self.value(node.args[0])
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            return graph.multiply(values[0], graph.unary(schema.XNNSigmoid, values[0]))
+
+        self.values[node, 0] = self._inside(emit, [x], x.shape)
+
+    def lower_gelu(self, node: Node) -> None:
+        x = self.value(node.args[0])
+        if node.kwargs.get("approximate", "none") == "none":
+            self.values[node, 0] = self._unary(schema.XNNGelu, x)
+            return
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), arXiv 1606.08415."""
+            x = values[0]
+            cube = graph.multiply(graph.multiply(x, x), x)
+            inner = graph.add(x, graph.multiply(cube, graph.constant(np.array([0.044715]))))
+            bent = graph.unary(
+                schema.XNNTanh, graph.multiply(inner, graph.constant(np.array([math.sqrt(2 / math.pi)])))
+            )
+            half = graph.multiply(x, graph.constant(np.array([0.5])))
+            return graph.multiply(half, graph.add(bent, graph.constant(np.array([1.0]))))
+
+        self.values[node, 0] = self._inside(emit, [x], x.shape)
+
+    def lower_tanh(self, node: Node) -> None:
+        self.values[node, 0] = self._unary(schema.XNNTanh, self.value(node.args[0]))
+
+    def lower_view(self, node: Node) -> None:
+        self.values[node, 0] = self._reshape(self.value(_nodes.viewed(node)), _shape(node))
+
+    def lower_slice(self, node: Node) -> None:
+        x, axis = self.value(node.args[0]), _nodes.integer(node.args[1])
+        start = _nodes.integer(node.args[2]) if len(node.args) > 2 else 0
+        shape = _shape(node)
+        if axis % len(shape) == len(shape) - 1:
+            self.values[node, 0] = self._slice(x, start % x.shape[-1], shape[-1])
+            return
+        if shape[axis] != 1 or start != -1:
+            raise UnsupportedError(mismatch("executorch", "slice", "of features, or of the last position", str(node)))
+
+        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
+            number = frame.method.number
+            _slice(frame.method, inputs[0], number(-1), number(2**63 - 1), output)
+
+        self.values[node, 0] = self._outside(call, [x], shape)
+
+    def lower_chunk(self, node: Node) -> None:
+        x, count = self.value(node.args[0]), _nodes.integer(node.args[1])
+        size = x.shape[-1] // count
+        for i in range(count):
+            self.values[node, i] = self._slice(x, i * size, size)
+
+    def lower_getitem(self, node: Node) -> None:
+        """Members are looked up where they are read."""
+
+
+def _slice(method: Method, x: int, start: int, end: int, output: int) -> None:
+    """Positions [start, end) of x [1, positions, ...]."""
+    one = method.number(1)
+    method.call("aten::slice_copy.Tensor_out", [x, one, start, end, one, output, output])
+
+
+def _stacked(weights: Sequence[Weight]) -> Filter:
+    """Weights of one layout, one below the other."""
+    values = np.concatenate([weight.values.numpy() for weight in weights])
+    bits, _, biased = weights[0].layout
+    scale = np.concatenate([weight.scale.numpy() for weight in weights]) if bits else None
+    return Filter(values, scale, bits or 32, np.concatenate([w.bias.numpy() for w in weights]) if biased else None)
+
+
+def _shape(node: Node) -> Shape:
+    return tuple(size if isinstance(size, int) else SEQUENCE for size in node.meta["val"].shape)
+
+
+def _reachable(steps: Sequence[Inside | Outside], logits: Ref) -> tuple[Inside | Outside, ...]:
+    needed, kept = {logits.number}, []
+    for step in reversed(steps):
+        if step.output.number in needed:
+            needed.update(ref.number for ref in step.inputs)
+            kept.append(step)
+    return tuple(reversed(kept))
+
+
+_BINARY: Mapping[object, type[schema.XNNNode2x1]] = {
+    ATEN.add.Tensor: schema.XNNAdd,
+    ATEN.sub.Tensor: schema.XNNSubtract,
+    ATEN.mul.Tensor: schema.XNNMultiply,
+    ATEN.div.Tensor: schema.XNNDiv,
+}
+
+_HANDLERS: Mapping[object, Callable[[_Walk, Node], None]] = {
+    CALORA.linears.default: _Walk.lower_linears,
+    CALORA.embedding.default: _Walk.lower_embedding,
+    CALORA.rms_norm.default: _Walk.lower_rms_norm,
+    CALORA.attention.default: _Walk.lower_attention,
+    operator.getitem: _Walk.lower_getitem,
+    ATEN.silu.default: _Walk.lower_silu,
+    ATEN.gelu.default: _Walk.lower_gelu,
+    ATEN.tanh.default: _Walk.lower_tanh,
+    ATEN.slice.Tensor: _Walk.lower_slice,
+    ATEN.chunk.default: _Walk.lower_chunk,
+    **dict.fromkeys(_BINARY, _Walk.lower_binary),
+    **dict.fromkeys(VIEWS, _Walk.lower_view),
+}

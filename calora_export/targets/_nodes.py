@@ -1,0 +1,130 @@
+"""Reading a traced graph: what every lowering asks of its nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from calora_export.graph import Graph
+
+ATEN, CALORA = torch.ops.aten, torch.ops.calora
+VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
+SAME = (ATEN.to.dtype, ATEN.contiguous.default, ATEN.dropout.default)
+"""Casts to fp32 of what is fp32, clones, dropout at inference."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear layer's or the token table's weight: values [out, in], scale [out, groups] or empty, bias or empty."""
+
+    name: str
+    values: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    @cached_property
+    def bits(self) -> int:
+        """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers."""
+        if self.scale.numel() == 0:
+            return 0
+        return 4 if int(self.values.min()) >= -8 and int(self.values.max()) <= 7 else 8
+
+    @property
+    def layout(self) -> tuple[int, int, bool]:
+        """Bits, group size and whether there is a bias: weights alike in these can be one matmul."""
+        group = self.values.shape[1] // self.scale.shape[1] if self.bits else 0
+        return self.bits, group, self.bias.numel() > 0
+
+    def packed(self) -> np.ndarray:
+        """uint8 [out, groups, group · bits / 8], offset by 2^(bits-1), the first value in the low nibble."""
+        bits, group, _ = self.layout
+        unsigned = (self.values.numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+        grouped = unsigned.reshape(unsigned.shape[0], -1, group)
+        return grouped if bits == 8 else grouped[..., 0::2] | (grouped[..., 1::2] << 4)
+
+
+def calls(graph: Graph) -> list[Node]:
+    """The operators, in the order in which they are computed."""
+    return [found for found in graph.program.graph.nodes if found.op == "call_function"]
+
+
+def results(graph: Graph) -> list[Node]:
+    """What the program returns: logits, then keys and values by layer."""
+    return [node(arg) for arg in list(graph.program.graph.nodes)[-1].args[0]]
+
+
+def weights(graph: Graph, roles: dict[str, str], linears: Node) -> list[Weight]:
+    """The weights of a group of linear layers."""
+    found = []
+    for arguments in zip(*(items(arg) for arg in linears.args[1:4]), strict=True):
+        names = [roles[node(argument).name] for argument in arguments]
+        found.append(Weight(short(names[0]), *(graph.tensors[name] for name in names)))
+    return found
+
+
+def live(outputs: Sequence[Node], operands: Callable[[Node], Sequence[Node]]) -> set[Node]:
+    """The operators that the outputs need, given what a lowering reads of each."""
+    found: set[Node] = set()
+    pending = list(outputs)
+    while pending:
+        needed = pending.pop()
+        if needed not in found and needed.op == "call_function":
+            found.add(needed)
+            pending.extend(operands(needed))
+    return found
+
+
+def node(arg: object) -> Node:
+    assert isinstance(arg, Node), arg
+    return arg
+
+
+def integer(arg: object) -> int:
+    assert isinstance(arg, int), arg
+    return arg
+
+
+def items(arg: object) -> Sequence[object]:
+    assert isinstance(arg, (list, tuple)), arg
+    return arg
+
+
+def short(name: str) -> str:
+    """The Hugging Face name of a tensor in the traced module."""
+    return name.removeprefix("model.lm.")
+
+
+def viewed(view: Node) -> Node:
+    """What a chain of views looks at."""
+    while view.target in VIEWS:
+        view = node(view.args[0])
+    return view
+
+
+def heads(arg: object) -> tuple[Node, bool]:
+    """Follow [B, H, S, D] back over its transpose and view; says whether what it found is [B, S, H·D]."""
+    found = node(arg)
+    if found.target is not ATEN.transpose.int or tuple(found.args[1:]) != (1, 2):
+        return found, False
+    before = node(found.args[0])
+    source = viewed(before)
+    return (source, True) if source.meta["val"].dim() == 3 else (before, False)
+
+
+def slot_sites(roles: dict[str, str], linears: Node) -> list[tuple[int, str]]:
+    """Which members of a group have slots: index in the group, site."""
+    members = [integer(index) for index in items(linears.args[4])]
+    sites = [roles[node(down).name].removeprefix("down.") for down in items(linears.args[5])]
+    return list(zip(members, sites, strict=True))
+
+
+def member(getitem: Node) -> tuple[Node, int]:
+    """The node and the position that a getitem reads."""
+    assert getitem.target is operator.getitem
+    return node(getitem.args[0]), integer(getitem.args[1])

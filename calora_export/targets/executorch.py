@@ -1,0 +1,145 @@
+"""Lowering to ExecuTorch: XNNPACK delegates, and between them attention, tables and slots.
+
+`forward(tokens, input_pos)` is the base for stock runners; `adapted` also takes the rows of one adapter or of a mix.
+Both read the same constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calora_export import quiet
+from calora_export.graph import Graph
+from calora_export.package import Manifest, Slots
+from calora_export.recipe import Recipe
+from calora_export.routers import Router
+from calora_export.targets._executorch_plan import Frame, Inside, Outside, Plan, Ref, plan, slot_tensors
+from calora_export.targets._executorch_program import Method, Program
+from calora_export.targets._xnnpack import Subgraph
+
+MODEL, ROUTER = "model.pte", "router.pte"
+LONGEST_TEXT = 4096  # tokens that a router reads at once
+
+
+def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots:
+    """Write model.pte; return where adapter files hold each slot."""
+    longest = min(recipe.chunk, graph.shape.context)
+    tensors = slot_tensors(graph)
+    width = sum(tensor.inputs + tensor.outputs for tensor in tensors)
+    program = Program()
+    program.add(_method("forward", plan(graph, slots=False), program, longest))
+    adapter = [
+        (recipe.adapters, width * recipe.rank_budget),
+        ("fp32", recipe.rank_budget),
+        ("fp32", recipe.rank_budget),
+    ]
+    program.add(_method("adapted", plan(graph, slots=True), program, longest, adapter))
+    for name, value in _facts(graph, longest).items():
+        program.answer(name, [value])
+    program.write(directory / MODEL)
+    return Slots(
+        rank="dynamic",
+        gate="gate",
+        recovery="recovery",
+        fingerprint="base_fingerprint",
+        dtype=recipe.adapters,
+        tensors=tensors,
+    )
+
+
+def lower_router(router: Router, directory: Path) -> str:
+    """Write router.pte: ids [1, tokens] → gates [classes], with the selection policy inside."""
+    import torch
+    from executorch.exir import EdgeCompileConfig, to_edge
+
+    tokens = torch.export.Dim("tokens", min=1, max=LONGEST_TEXT)
+    with torch.no_grad(), quiet.libraries():
+        example = (torch.zeros(1, 8, dtype=torch.long),)
+        traced = torch.export.export(router.eval(), example, dynamic_shapes={"ids": {1: tokens}}, strict=False)
+        program = to_edge(traced, compile_config=EdgeCompileConfig(_check_ir_validity=False)).to_executorch()
+    with (directory / ROUTER).open("wb") as file:
+        program.write_to_file(file)
+    return ROUTER
+
+
+def accompany(manifest: Manifest, directory: Path) -> None:
+    """Nothing yet: the stock runners find what they need in the program."""
+
+
+def _facts(graph: Graph, longest: int) -> dict[str, int | bool]:
+    """What the stock LLM runner asks a program for (extension/llm/runner/constants.h)."""
+    return {
+        "get_max_seq_len": longest,
+        "get_max_context_len": graph.shape.context,
+        "get_vocab_size": graph.shape.vocab,
+        "get_n_layers": graph.shape.layers,
+        "enable_dynamic_shape": True,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+    }
+
+
+def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequence[tuple[str, int]] = ()) -> Method:
+    """adapter: kind and greatest size of each input that an adapter fills."""
+    method = Method(name, program)
+    tokens = method.input("int64", [1, longest], dynamic=True)
+    start = method.input("int64", [1], dynamic=False)
+    rows = tuple(method.input(kind, [size], dynamic=True) for kind, size in adapter)
+    position, length, end = (method.result() for _ in range(3))
+    method.call("aten::_local_scalar_dense", [start, position])
+    method.call("aten::sym_size.int", [tokens, method.number(1), length])
+    method.call("executorch_prim::add.Scalar", [position, length, end])
+    named = {name: method.constant(array) for name, array in plan.constants.items()}
+    named |= {name: method.state(shape) for name, shape in plan.caches.items()}
+    frame = Frame(method, tokens, position, end, rows, named)
+    values: dict[int, int] = {}
+    for level in _levels(plan):
+        for ref in (*(step.output for step in level.outside), *level.outputs):
+            values[ref.number] = method.tensor("fp32", [size or longest for size in ref.shape], dynamic=0 in ref.shape)
+        for step in level.outside:
+            step.call(frame, [values[ref.number] for ref in step.inputs], values[step.output.number])
+        if level.inside:
+            payload, constants = _delegate(level, longest).serialize()
+            method.delegate(payload, constants, [values[ref.number] for ref in (*level.inputs, *level.outputs)])
+    method.output(values[plan.logits.number])
+    return method
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Outside operators, and the delegate that runs after them."""
+
+    outside: tuple[Outside, ...]
+    inside: tuple[Inside, ...]
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref, ...]
+
+
+def _levels(plan: Plan) -> list[_Level]:
+    readers: dict[int, set[int]] = {plan.logits.number: {-1}}
+    for step in plan.steps:
+        reader = step.output.level if isinstance(step, Inside) else -1
+        for ref in step.inputs:
+            readers.setdefault(ref.number, set()).add(reader)
+    found = []
+    for number in sorted({step.output.level for step in plan.steps}):
+        steps = [step for step in plan.steps if step.output.level == number]
+        inside = tuple(step for step in steps if isinstance(step, Inside))
+        made = {step.output for step in inside}
+        read = dict.fromkeys(ref for step in inside for ref in step.inputs if ref not in made)
+        outputs = tuple(step.output for step in inside if readers[step.output.number] - {number})
+        outside = tuple(step for step in steps if isinstance(step, Outside))
+        found.append(_Level(outside, inside, tuple(read), outputs))
+    return found
+
+
+def _delegate(level: _Level, longest: int) -> Subgraph:
+    graph = Subgraph(longest)
+    values = {ref.number: graph.input(ref.shape) for ref in level.inputs}
+    for step in level.inside:
+        values[step.output.number] = step.emit(graph, [values[ref.number] for ref in step.inputs])
+    for ref in level.outputs:
+        graph.output(values[ref.number])
+    return graph
