@@ -62,10 +62,11 @@ def one_line(stderr: str) -> str:
 
 
 SERVER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 import torch
 from calora_export import cli, golden, graph, model, routers
 from calora_export.targets import onnx
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
