@@ -5,6 +5,7 @@
 #include "job.h"
 #include "measuring.h"
 
+#include <nlohmann/json.hpp>
 #include <sys/utsname.h>
 
 #include <algorithm>

@@ -2,6 +2,8 @@
 
 #include "error.h"
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 #include <fstream>
 #include <iterator>
@@ -21,7 +23,7 @@ std::string shown(const Json& value) {
 
 } // namespace
 
-Fields::Fields(Json value, std::string file, std::string path)
+Fields::Fields(std::shared_ptr<const Json> value, std::string file, std::string path)
     : value_(std::move(value)), file_(std::move(file)), path_(std::move(path)) {}
 
 Fields Fields::read(const std::filesystem::path& path) {
@@ -32,15 +34,19 @@ Fields Fields::read(const std::filesystem::path& path) {
 }
 
 Fields Fields::parse(const std::string& text, const std::string& file) {
-  Json value = Json::parse(text, nullptr, false);
-  if (value.is_discarded()) throw refusal(file, "content", "JSON", "something else");
-  if (!value.is_object()) throw refusal(file, "content", "a JSON object", shown(value));
-  return Fields(std::move(value), file, "");
+  const auto value = std::make_shared<const Json>(Json::parse(text, nullptr, false));
+  if (value->is_discarded()) throw refusal(file, "content", "JSON", "something else");
+  if (!value->is_object()) throw refusal(file, "content", "a JSON object", shown(*value));
+  return Fields(value, file, "");
+}
+
+Fields Fields::part(const Json& value, const std::string& key) const {
+  return Fields(std::shared_ptr<const Json>(value_, &value), file_, name(key) + ".");
 }
 
 const Json& Fields::at(const std::string& key, const char* expected, bool (*right)(const Json&)) const {
-  const auto found = value_.find(key);
-  if (found == value_.end()) throw refusal(file_, name(key), expected, "nothing");
+  const auto found = value_->find(key);
+  if (found == value_->end()) throw refusal(file_, name(key), expected, "nothing");
   if (!right(*found)) throw refusal(file_, name(key), expected, shown(*found));
   return *found;
 }
@@ -75,10 +81,10 @@ std::map<std::string, double> Fields::numbers(const std::string& key) const {
   return numbers;
 }
 
-bool Fields::has(const std::string& key) const { return value_.contains(key) && !value_.at(key).is_null(); }
+bool Fields::has(const std::string& key) const { return value_->contains(key) && !value_->at(key).is_null(); }
 
 Fields Fields::object(const std::string& key) const {
-  return Fields(at(key, "an object", is_object), file_, name(key) + ".");
+  return part(at(key, "an object", is_object), key);
 }
 
 std::optional<Fields> Fields::maybe(const std::string& key) const {
@@ -89,23 +95,23 @@ std::vector<Fields> Fields::objects(const std::string& key) const {
   std::vector<Fields> objects;
   if (!has(key)) return objects;
   for (const Json& item : at(key, "a list of objects", is_list)) {
-    const std::string path = name(key) + "[" + std::to_string(objects.size()) + "]";
-    if (!item.is_object()) throw refusal(file_, path, "an object", shown(item));
-    objects.push_back(Fields(item, file_, path + "."));
+    const std::string entry = key + "[" + std::to_string(objects.size()) + "]";
+    if (!item.is_object()) throw refusal(file_, name(entry), "an object", shown(item));
+    objects.push_back(part(item, entry));
   }
   return objects;
 }
 
 std::vector<std::string> Fields::keys() const {
   std::vector<std::string> keys;
-  for (const auto& item : value_.items()) keys.push_back(item.key());
+  for (const auto& item : value_->items()) keys.push_back(item.key());
   return keys;
 }
 
 void Fields::only(const std::vector<std::string>& known) const {
   for (const std::string& key : keys())
     if (std::find(known.begin(), known.end(), key) == known.end())
-      throw refusal(file_, name(key), "no such key", shown(value_.at(key)));
+      throw refusal(file_, name(key), "no such key", shown(value_->at(key)));
 }
 
 } // namespace calora

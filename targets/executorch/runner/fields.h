@@ -1,11 +1,12 @@
 // JSON that is checked while it is read: a wrong file says which key, what was expected and what was found.
 #pragma once
 
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,7 +15,7 @@ namespace calora {
 
 using Json = nlohmann::ordered_json;
 
-/// One object of a JSON file.
+/// One object of a JSON file; it keeps the file's content alive.
 class Fields {
  public:
   static Fields read(const std::filesystem::path& path);
@@ -39,12 +40,13 @@ class Fields {
   void only(const std::vector<std::string>& known) const;
 
  private:
-  Fields(Json value, std::string file, std::string path);
+  Fields(std::shared_ptr<const Json> value, std::string file, std::string path);
+  Fields part(const Json& value, const std::string& key) const;
   const Json& at(const std::string& key, const char* expected, bool (*right)(const Json&)) const;
   std::vector<int64_t> integers_of(const Json& list, const std::string& key) const;
   std::string name(const std::string& key) const { return path_ + key; }
 
-  Json value_;
+  std::shared_ptr<const Json> value_;
   std::string file_, path_;
 };
 

@@ -2,6 +2,8 @@
 
 #include "clock.h"
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 
 namespace calora {

@@ -47,12 +47,12 @@ void Session::select(const Mix& mix, bool keep_cache) {
 const float* Session::extend(const int64_t* ids, size_t count) {
   if (length_ + int64_t(count) > package_.context)
     throw refusal("package.json", "model.context",
-                   "at most " + std::to_string(package_.context) + " tokens of prompt and answer",
-                   std::to_string(length_ + int64_t(count)));
+                  "at most " + std::to_string(package_.context) + " tokens of prompt and answer",
+                  std::to_string(length_ + int64_t(count)));
   for (size_t i = 0; i < count; ++i)
     if (ids[i] < 0 || ids[i] >= package_.vocab)
-      throw refusal("package.json", "model.vocab", "tokens below " + std::to_string(package_.vocab),
-                     std::to_string(ids[i]));
+      throw refusal("package.json", "model.vocab", "tokens from 0 to " + std::to_string(package_.vocab - 1),
+                    std::to_string(ids[i]));
   if (count == 0) throw refusal("prompt", "ids", "at least one token", "none");
   const float* logits = nullptr;
   for (size_t done = 0; done < count;) {
