@@ -15,10 +15,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from calora_export import ops, quiet
 from calora_export.adapters import Adapter
@@ -26,6 +24,10 @@ from calora_export.bundle import Bundle, read_base_config
 from calora_export.compression import DenseWeight, PackedWeight
 from calora_export.errors import BundleError, UnsupportedError, mismatch
 from calora_export.recipe import Activations
+
+with quiet.libraries():  # it imports every quantiser that is installed, and these talk
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
 
 Weight = DenseWeight | PackedWeight
 WeightOf = Callable[[str], Weight]
@@ -264,7 +266,7 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activations: A
     context = min(context, config.max_position_embeddings)
     _check_rotary(config, context)
     config._attn_implementation = ATTENTION
-    with _parameters_on_meta(), quiet.libraries():
+    with _parameters_on_meta():
         lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     lm.requires_grad_(False).eval()
     current = _Current()

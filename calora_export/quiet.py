@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 @contextmanager
 def libraries() -> Iterator[None]:
     """What is written to stderr is dropped, also by native code, and so are warnings. Exceptions pass."""
-    sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -20,6 +18,5 @@ def libraries() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
