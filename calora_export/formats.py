@@ -33,12 +33,14 @@ def matrix() -> list[Cell]:
 
 
 def _stored() -> dict[str, DenseWeight | PackedWeight]:
-    dense = np.linspace(-1, 1, 4 * 64, dtype=np.float32).reshape(4, 64)
-    return {
-        "fp32, fp16, bf16": DenseWeight(dense),
-        "int8 group or row, symmetric": quantize_symmetric(dense, 8, 32),
-        "int4 group or row, symmetric": quantize_symmetric(dense, 4, 32),
+    dense = np.geomspace(0.01, 1, 4 * 64, dtype=np.float32).reshape(4, 64)  # no two groups alike
+    packed = {
+        f"int{bits}, {form}": quantize_symmetric(dense, bits, group)
+        for bits in (8, 4)
+        for form, group in (("rows", 64), ("groups of 32", 32))
     }
+    exact = quantize_symmetric(dense, 4, 32, scales=np.float16)
+    return {"fp32, fp16, bf16": DenseWeight(dense), **packed, "int4, fp16 scales": exact}
 
 
 def _cell(scheme: str, weight: DenseWeight | PackedWeight, name: str, recipe: recipes.Recipe) -> Cell:

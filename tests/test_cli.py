@@ -303,7 +303,7 @@ def recipe_has_an_unknown_key(tiny: Path, tmp_path: Path) -> tuple[list[object],
 def recipe_has_an_unknown_target(tiny: Path, tmp_path: Path) -> tuple[list[object], str]:
     shipped = Path(cli.__file__).parent.parent / "recipes" / "onnx-int4.toml"
     (tmp_path / "mine.toml").write_text(shipped.read_text().replace('target = "onnx"', 'target = "abacus"'))
-    return [tiny, "-o", tmp_path / "out", "--recipe", tmp_path / "mine.toml"], "recipe: target: expected one of onnx"
+    return [tiny, "-o", tmp_path / "out", "--recipe", tmp_path / "mine.toml"], "recipe: target: expected one of executorch, onnx"
 
 
 Mistake = Callable[[Path, Path], tuple[list[object], str]]
@@ -337,7 +337,7 @@ def test_a_package_for_an_unknown_target_is_one_line(opened: Path, tmp_path: Pat
     copy = copy_package(opened, tmp_path / "package")
     edit_json(copy / "package.json", lambda manifest: manifest.update(target="abacus"))
     line = error_line(call("run", copy, "--prompt", "x"))
-    assert line.startswith("package.json: target: expected one of onnx") and line.endswith("found abacus")
+    assert line.startswith("package.json: target: expected one of executorch, onnx") and line.endswith("found abacus")
 
 
 def test_a_missing_extra_says_how_to_get_it(opened: Path) -> None:

@@ -279,7 +279,9 @@ def test_a_session_that_misbehaves_is_caught(
     flag: str,
     line: str,
 ) -> None:
-    runtime = SimpleNamespace(open_session=double, suffix=onnx.suffix, encode_adapter=onnx.encode_adapter)
+    runtime = SimpleNamespace(
+        prepare=onnx.prepare, open_session=double, suffix=onnx.suffix, encode_adapter=onnx.encode_adapter
+    )
     monkeypatch.setattr(runtimes, "load", lambda target: runtime)
     report = validated(copy, tiny)
     assert not report.passed and report.problems == (f"safety: {line}",)
