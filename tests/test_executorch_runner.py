@@ -19,38 +19,57 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from calora_export.jobs import (
-    Case,
-    Completion,
-    Job,
-    Safety,
-    SafetyTrace,
-    Timing,
-    read_trace,
-    write_job,
-)
+from calora_export import native
+from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing, read_trace, write_job
 
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
 SOURCE = Path(__file__).parents[1] / "targets" / "executorch" / "runner"
+SCHEMA = "(Tensor x, Tensor y, Tensor rows, Tensor gate, Tensor recovery, int offset, int[] columns, int[] outs"
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runner's build directory: library, program and the attention test."""
+def cmake() -> str:
+    """What builds the runner; only a machine without the tools skips."""
+    found = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None or not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("the runner needs cmake and a C++ compiler")
+    return found
+
+
+@pytest.fixture(scope="session")
+def runner(cmake: str) -> Path:
+    return native.runner()
+
+
+@pytest.fixture(scope="session")
+def kernels(cmake: str) -> Path:
+    return native.kernels()
+
+
+@pytest.fixture(scope="session")
+def attention(cmake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the attention kernels, which only tests load."""
     import executorch
 
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if cmake is None or not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("the runner needs cmake and a C++ compiler")
-    directory = tmp_path_factory.mktemp("runner")
-    sdk = Path(executorch.__path__[0]) / "share" / "cmake"
+    directory, sdk = tmp_path_factory.mktemp("attention-build"), Path(executorch.__path__[0]) / "share" / "cmake"
+    options = [f"-Dexecutorch_DIR={sdk}", "-DBUILD_TESTING=ON", "-DCALORA_RUNNER=OFF"]
     for command in (
-        [cmake, "-S", str(SOURCE), "-B", str(directory), f"-Dexecutorch_DIR={sdk}", "-DBUILD_TESTING=ON"],
-        [cmake, "--build", str(directory), "--parallel", "2"],
+        [cmake, "-S", str(SOURCE), "-B", str(directory), *options],
+        [cmake, "--build", str(directory), "--target", "calora_attention_test"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return directory
+    return next(directory.glob("libcalora_attention_test.*"))
+
+
+@pytest.fixture(scope="session")
+def declared() -> torch.library.Library:
+    """calora::slot as torch.export needs it; nothing runs it there."""
+    library = torch.library.Library("calora", "FRAGMENT")
+    library.define(f"slot{SCHEMA}) -> Tensor")
+    library.define(f"slot.out{SCHEMA}, *, Tensor(a!) out) -> Tensor(a!)")
+    torch.library.register_fake("calora::slot", lambda x, y, *_: torch.empty_like(y), lib=library)
+    return library
 
 
 @dataclass(frozen=True)
@@ -88,17 +107,15 @@ Run = Callable[..., np.ndarray]
 
 
 @pytest.fixture(scope="session")
-def slot(build: Path) -> Callable[[Group, torch.dtype], Run]:
+def slot(kernels: Path, declared: object) -> Callable[[Group, torch.dtype], Run]:
     """A program of nothing but the operator, in the Python runtime with our library in it."""
     from executorch.exir import ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.runtime import Runtime
     from torch.export import Dim, export
 
-    from calora_export.targets import _slot_op as _  # noqa: F401  registers calora::slot
-
     runtime, kept = Runtime.get(), []
-    ctypes.CDLL(str(build / "libcalora_kernels.so"), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(kernels), mode=ctypes.RTLD_GLOBAL)
 
     def load(group: Group, dtype: torch.dtype) -> Run:
         rank, length = Dim("rank", min=0, max=REACH), Dim("length", min=1, max=128)
@@ -268,7 +285,7 @@ SHAPES = [
 
 
 @pytest.fixture(scope="session")
-def attended(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def attended(attention: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory for each shape with what went in and what our kernels made of it."""
     directory = tmp_path_factory.mktemp("attention")
     for number, shape in enumerate(SHAPES):
@@ -276,8 +293,7 @@ def attended(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / str(number)).mkdir()
         np.savez(directory / str(number) / "inputs.npz", **inputs)
         (directory / str(number) / "attention.pte").write_bytes(shape.export(inputs))
-    library = next(build.glob("libcalora_attention_test.*"))
-    command = [sys.executable, "-c", ATTENTION, str(library), str(directory)]
+    command = [sys.executable, "-c", ATTENTION, str(attention), str(directory)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return directory
@@ -371,12 +387,10 @@ def _adapter(path: Path, rank: int, fingerprint: str = FINGERPRINT, elements: in
 
 
 @pytest.fixture(scope="session")
-def toy(build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy(declared: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package with two adapters and a router, and a job that asks for everything."""
     from executorch.extension.llm.custom_ops import custom_ops as _  # noqa: F401  declares llama::…
     from torch.export import Dim
-
-    from calora_export.targets import _slot_op as _slot  # noqa: F401  registers calora::slot
 
     package = tmp_path_factory.mktemp("toy")
     rank, width = Dim("rank", min=0, max=8), 2 * DEPTH
@@ -411,8 +425,8 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def _run(build: Path, package: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(part) for part in (build / "calora_runner", package, *arguments)]
+def _run(runner: Path, package: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [str(part) for part in (runner, package, *arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -433,10 +447,10 @@ def _parts(package: Path, mix: dict[str, float]) -> list[tuple[float, np.ndarray
     return [(gate, files[name]["rows"], files[name]["recovery"]) for name, gate in mix.items()]
 
 
-def test_a_job_is_answered_as_the_formula_says(build: Path, toy: Path, tmp_path: Path) -> None:
+def test_a_job_is_answered_as_the_formula_says(runner: Path, toy: Path, tmp_path: Path) -> None:
     job, model = _job(tmp_path), _Toy()
     write_job(tmp_path, job)
-    done = _run(build, toy, tmp_path)
+    done = _run(runner, toy, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     trace = read_trace(tmp_path, job)
     for case in job.cases:  # the prefill of 14 is fed in chunks of 6
@@ -460,12 +474,12 @@ def test_a_job_is_answered_as_the_formula_says(build: Path, toy: Path, tmp_path:
     assert trace.answer.peak_rss > 2**20 and timing.load > 0
 
 
-def test_generation_prints_ids(build: Path, toy: Path) -> None:
+def test_generation_prints_ids(runner: Path, toy: Path) -> None:
     model, ids = _Toy(), PROMPT[:8]
     for _ in range(5):
         ids = [*ids, int(model.expected(ids, _parts(toy, MIXES["mix"])).argmax())]
     prompt = ",".join(str(token) for token in PROMPT[:8])
-    done = _run(build, toy, "--prompt-ids", prompt, "--mix", "one=0.7,two=-1.5", "--tokens", 5)
+    done = _run(runner, toy, "--prompt-ids", prompt, "--mix", "one=0.7,two=-1.5", "--tokens", 5)
     made = [int(token) for token in done.stdout.split()]
     assert done.returncode == 0 and made == ids[8 : 8 + len(made)] and (len(made) == 5 or made[-1] == END)
 
@@ -494,7 +508,7 @@ WRONG: list[tuple[str, tuple[str | int, ...], object, str]] = [
 
 @pytest.mark.parametrize(("file", "keys", "value", "expected"), WRONG, ids=[" ".join(map(str, w[1])) for w in WRONG])
 def test_a_wrong_value_is_one_line(
-    build: Path, toy: Path, tmp_path: Path, file: str, keys: tuple[str | int, ...], value: object, expected: str
+    runner: Path, toy: Path, tmp_path: Path, file: str, keys: tuple[str | int, ...], value: object, expected: str
 ) -> None:
     shutil.copytree(toy, tmp_path, dirs_exist_ok=True)
     write_job(tmp_path, _job(tmp_path))
@@ -507,11 +521,11 @@ def test_a_wrong_value_is_one_line(
     else:
         inner[keys[-1]] = value
     _write_json(tmp_path / file, document)
-    _refused(build, tmp_path, expected)
+    _refused(runner, tmp_path, expected)
 
 
-def _refused(build: Path, directory: Path, expected: str) -> None:
-    done = _run(build, directory, directory)
+def _refused(runner: Path, directory: Path, expected: str) -> None:
+    done = _run(runner, directory, directory)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and expected in done.stderr
     assert not (directory / "trace.json").exists()
@@ -527,12 +541,12 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("expected", DAMAGED)
-def test_a_damaged_file_is_one_line(build: Path, toy: Path, tmp_path: Path, expected: str) -> None:
+def test_a_damaged_file_is_one_line(runner: Path, toy: Path, tmp_path: Path, expected: str) -> None:
     file, damage = DAMAGED[expected]
     shutil.copytree(toy, tmp_path, dirs_exist_ok=True)
     write_job(tmp_path, _job(tmp_path))
     damage(tmp_path / file)
-    _refused(build, tmp_path, expected)
+    _refused(runner, tmp_path, expected)
 
 
 SWAPPED: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -547,10 +561,10 @@ SWAPPED: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("expected", SWAPPED)
-def test_a_file_of_another_kind_is_one_line(build: Path, toy: Path, tmp_path: Path, expected: str) -> None:
+def test_a_file_of_another_kind_is_one_line(runner: Path, toy: Path, tmp_path: Path, expected: str) -> None:
     file, swap = SWAPPED[expected]
     shutil.copytree(toy, tmp_path, dirs_exist_ok=True)
     swap(tmp_path / file)
     _write_json(tmp_path / PACKAGE, _manifest(tmp_path))
     write_job(tmp_path, _job(tmp_path))
-    _refused(build, tmp_path, expected)
+    _refused(runner, tmp_path, expected)

@@ -19,15 +19,11 @@ void require_files(const std::filesystem::path& path, const Fields& files) {
   }
 }
 
-/// The tensors of one group follow each other and name the same `down`.
+/// The tensors of one group follow each other, from part 0 on.
 std::vector<Group> groups_of(const Fields& slots, int64_t& elements) {
   std::vector<Group> groups;
-  std::string down;
   for (const Fields& tensor : slots.objects("tensors")) {
-    if (groups.empty() || tensor.text("down") != down) {
-      down = tensor.text("down");
-      groups.push_back({tensor.integer("inputs"), elements, {}});
-    }
+    if (groups.empty() || tensor.integer("part") == 0) groups.push_back({tensor.integer("inputs"), elements, {}});
     groups.back().outs.push_back(tensor.integer("outputs"));
     elements += tensor.integer("inputs") + tensor.integer("outputs");
   }

@@ -21,8 +21,7 @@ std::filesystem::path data_of(const std::filesystem::path& model) {
 
 Session::Session(Package package, int64_t threads) : package_(std::move(package)) {
   set_threads(threads);
-  const bool adaptable = !package_.groups.empty();
-  model_ = std::make_unique<Program>(package_.model, data_of(package_.model), adaptable ? "adapted" : "forward");
+  model_ = std::make_unique<Program>(package_.model, data_of(package_.model), "adapted");
   chunk_ = model_->limit(tokens, 1);
   fed_.resize(size_t(chunk_));
   select({});
@@ -33,12 +32,10 @@ void Session::select(const Mix& mix, bool keep_cache) {
   for (const auto& [id, weight] : mix)
     if (weight != 0.0) parts.push_back({&adapter(id), float(weight)});
   Rows chosen = Rows::mix(parts, package_);
-  if (!package_.groups.empty()) {
-    const auto rank = int32_t(chosen.rank), elements = int32_t(chosen.rank * package_.elements);
-    model_->set(rows, chosen.rows, {elements}, package_.half ? ScalarType::Half : ScalarType::Float);
-    model_->set(gate, chosen.gate.data(), {rank}, ScalarType::Float);
-    model_->set(recovery, chosen.recovery.data(), {rank}, ScalarType::Float);
-  }
+  const auto rank = int32_t(chosen.rank), elements = int32_t(chosen.rank * package_.elements);
+  model_->set(rows, chosen.rows, {elements}, package_.half ? ScalarType::Half : ScalarType::Float);
+  model_->set(gate, chosen.gate.data(), {rank}, ScalarType::Float);
+  model_->set(recovery, chosen.recovery.data(), {rank}, ScalarType::Float);
   rows_ = std::move(chosen); // only now: the model read the old ones until here
   mix_ = mix;
   if (!keep_cache) forget();
