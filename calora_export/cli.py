@@ -150,8 +150,9 @@ def export(
             if changed:
                 worst = min(changed, key=lambda entry: entry.sqnr_db)
                 out.print(
-                    f"{len(changed)} weights were quantised by the recipe, since the bundle holds them as floats "
-                    f"(worst: {worst.module}, {worst.sqnr_db} dB)."
+                    f"Not exactly as the bundle has them: {len(changed)} weights "
+                    f"(worst: {worst.module}, {worst.stored} held as {worst.held}, {worst.sqnr_db} dB).",
+                    markup=False,
                 )
 
 
@@ -314,7 +315,7 @@ def show_package(view: PackageView) -> None:
     model = view.model
     size = sum(entry.size for entry in view.files.values())
     changed = (
-        f"{len(view.represented)} weights quantised by the recipe" if view.represented else "the bundle's own weights"
+        f"{len(view.represented)} weights not exactly the bundle's" if view.represented else "the bundle's own weights"
     )
     show_rows(
         [

@@ -73,10 +73,14 @@ class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Represented(Struct, frozen=True, forbid_unknown_fields=True):
-    """A weight that the recipe changed, and the signal-to-quantisation-noise ratio of that change in dB."""
+    """A weight that is not exactly as the bundle has it; sqnr_db is the signal-to-noise ratio of the change.
+
+    stored and held: `float`, or bits and group size, such as `int8/32`; a group of 0 is a row.
+    """
 
     module: str
-    scheme: str
+    stored: str
+    held: str
     sqnr_db: float
 
 
@@ -128,6 +132,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str
     files: dict[str, FileEntry]
     versions: dict[str, str]
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the recipe quantised weights that the bundle holds as floats."""
+        return any(entry.stored == "float" for entry in self.represented)
 
 
 @dataclass(frozen=True)

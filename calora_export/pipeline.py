@@ -138,7 +138,8 @@ class _Export:
         traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
         progress("lowering")
         fingerprint = self.bundle.manifest.base.fingerprint
-        slots = lowering.lower(traced, self.recipe, self.directory, fingerprint)
+        origin = targets.Origin(self.bundle.manifest.name, fingerprint, *self.special)
+        slots = lowering.lower(traced, self.recipe, self.directory, origin)
         progress("encoding adapters")
         (self.directory / "adapters").mkdir()
         specs = self.bundle.manifest.adapters

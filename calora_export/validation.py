@@ -192,7 +192,7 @@ def _report(
         problems.append("router: the device chose other adapters than the reference")
     if router is not None and not (router.gates_max_abs or 0.0) <= settings.gates_max_abs:
         problems.append(f"router: gates_max_abs {router.gates_max_abs:.3g} is above {settings.gates_max_abs:.3g}")
-    ends, quantised = set(package.manifest.model.eos), bool(package.manifest.represented)
+    ends, quantised = set(package.manifest.model.eos), package.manifest.quantised
     tasks = _judge_tasks(bundle, reference, answer, ends, settings.task_points, quantised=quantised)
     problems += [
         f"task {row.adapter}: {row.metric} {row.device} on the device, {row.reference} in the reference"
@@ -234,7 +234,7 @@ def _report(
 def _limits(package: Package) -> dict[str, Tolerance]:
     """Which tolerances hold against which reference."""
     settings = package.manifest.settings.parity
-    coarse = settings.quantised if package.manifest.represented else None
+    coarse = settings.quantised if package.manifest.quantised else None
     return {"source": coarse or settings.source, "target": settings.target}
 
 

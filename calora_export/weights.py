@@ -15,7 +15,7 @@ from calora_export.recipe import Recipe
 
 @dataclass
 class Weights:
-    """Called with a module's name, gives its weight; `represented` grows by those that were quantised."""
+    """Called with a module's name, gives its weight; `represented` grows by those that are not as stored."""
 
     bundle: Bundle
     recipe: Recipe
@@ -28,6 +28,12 @@ class Weights:
             original = stored.dequantize()
             noise = float(np.square(original - made.weight.dequantize()).sum())
             sqnr = 10 * np.log10(max(float(np.square(original).sum()), 1e-30) / max(noise, 1e-30))
-            scheme = self.recipe.rule(module).scheme
-            self.represented[module] = Represented(module, scheme, round(float(sqnr), 2))
+            forms = _form(stored), _form(made.weight)
+            self.represented[module] = Represented(module, *forms, round(float(sqnr), 2))
         return made.weight
+
+
+def _form(weight: DenseWeight | PackedWeight) -> str:
+    if isinstance(weight, DenseWeight):
+        return "float"
+    return f"int{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}"

@@ -69,10 +69,10 @@ def refusal(package: Path, adapter: Path) -> CaloraError:
 def test_a_base_of_floats_is_quantised_and_the_package_says_so(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", compressed=False, adapters=(), router=False)
     made = pipeline.export(bundle, tmp_path / "package", "onnx-int4").manifest
-    schemes = {entry.module: entry.scheme for entry in made.represented}
-    assert len(schemes) == 2 * 7 + 2
-    assert schemes["model.embed_tokens"] == schemes["lm_head"] == "int8"
-    assert schemes["model.layers.1.mlp.down_proj"] == "int4"
+    forms = {entry.module: (entry.stored, entry.held) for entry in made.represented}
+    assert len(forms) == 2 * 7 + 2 and made.quantised
+    assert forms["model.embed_tokens"] == forms["lm_head"] == ("float", "int8/32")
+    assert forms["model.layers.1.mlp.down_proj"] == ("float", "int4/32")
     assert all(10 < entry.sqnr_db < 60 for entry in made.represented)
 
 

@@ -1,6 +1,6 @@
 """One module per target, found by its file name. A target only sees a Graph.
 
-lower(graph, recipe, directory, fingerprint) -> Slots      writes the model's files, says where adapters go
+lower(graph, recipe, directory, origin) -> Slots           writes the model's files, says where adapters go
 lower_router(router, directory) -> str                     writes the router, says its file's name
 accompany(manifest, directory) -> None                     writes what the runtime's own tools look for
 MODEL                                                      the model's file in the package
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,10 +24,20 @@ if TYPE_CHECKING:
     from calora_export.routers import Router
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a model's files tell of where they come from: the base's fingerprint, its special tokens."""
+
+    name: str
+    fingerprint: str
+    bos: int | None
+    eos: tuple[int, ...]
+
+
 class Target(Protocol):
     """What every module in this package offers."""
 
-    def lower(self, graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots: ...
+    def lower(self, graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots: ...
 
     def lower_router(self, router: Router, directory: Path) -> str: ...
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
+from torch import Tensor
 from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
@@ -22,7 +23,7 @@ from calora_export.package import SlotTensor
 from calora_export.targets import _nodes
 from calora_export.targets._executorch_program import Method
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
-from calora_export.targets._xnnpack import SEQUENCE, Filter, Shape, Subgraph, Value
+from calora_export.targets._xnnpack import SEQUENCE, Filter, Shape, Subgraph, Value, nibbles
 
 Emit = Callable[[Subgraph, Sequence[Value]], Value]
 
@@ -70,10 +71,14 @@ class Outside:
 
 @dataclass(frozen=True)
 class Plan:
-    """One method: its steps in order, the constants and caches that they name, and the logits."""
+    """One method: its steps in order, the constants and caches that they name, and the logits.
+
+    tied are constants that a delegate reads as well: the token table that is also the head.
+    """
 
     steps: tuple[Inside | Outside, ...]
     constants: Mapping[str, np.ndarray]
+    tied: Mapping[str, np.ndarray]
     caches: Mapping[str, Shape]
     logits: Ref
 
@@ -102,6 +107,7 @@ class _Walk:
     slots: bool
     steps: list[Inside | Outside] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    tied: dict[str, np.ndarray] = field(default_factory=dict)
     caches: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,7 +125,7 @@ class _Walk:
             if node in needed:
                 self._lower(node)
         logits = self.value(outputs[0])
-        return Plan(_reachable(self.steps, logits), self.constants, self.caches, logits)
+        return Plan(_reachable(self.steps, logits), self.constants, self.tied, self.caches, logits)
 
     def _operands(self, node: Node) -> Sequence[Node]:
         if node.target is CALORA.attention.default:
@@ -206,28 +212,32 @@ class _Walk:
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
     def lower_embedding(self, node: Node) -> None:
-        _, weight, scale = (self.roles[_nodes.node(arg).name] for arg in node.args)
-        table, scales = self.graph.tensors[weight].numpy(), self.graph.tensors[scale].numpy()
-        self.constants["table"] = table
-        if scales.size:
-            self.constants["table_scale"] = scales if scales.shape[1] > 1 else scales[:, 0]
+        weight, scale = (self.graph.tensors[self._role(arg)] for arg in node.args[1:])
+        held = Weight("", weight, scale, scale.new_zeros(0))
+        (self.tied if self._is_head(weight) else self.constants)["table"] = _table(held)
+        if held.bits:  # always fp32: the operators take the scales to be of the type of their output
+            self.constants["table_scale"] = scale.numpy()
+        bits, shape = held.bits, (1, SEQUENCE, weight.shape[1])
 
         def call(frame: Frame, _: Sequence[int], output: int) -> None:
-            method, weight = frame.method, frame.named["table"]
-            if scales.size:
-                held = (
-                    weight,
-                    frame.named["table_scale"],
-                    method.number(None),
-                    method.number(-128),
-                    method.number(127),
-                )
-                method.call("quantized_decomposed::embedding_byte.out", [*held, frame.tokens, output, output])
-            else:
+            method, table = frame.method, frame.named["table"]
+            if not bits:
                 options = (method.number(-1), method.number(False), method.number(False))
-                method.call("aten::embedding.out", [weight, frame.tokens, *options, output, output])
+                method.call("aten::embedding.out", [table, frame.tokens, *options, output, output])
+                return
+            operator, half = {4: ("embedding_4bit", 8), 8: ("embedding_byte", 128)}[bits]
+            limits = (method.number(None), method.number(-half), method.number(half - 1))
+            arguments = [table, frame.named["table_scale"], *limits, frame.tokens, output, output]
+            method.call(f"quantized_decomposed::{operator}.out", arguments)
 
-        self.values[node, 0] = self._outside(call, [], (1, SEQUENCE, table.shape[1]))
+        rows = self._outside(call, [], shape)
+        self.values[node, 0] = self._inside(_swapped, [rows], shape) if bits == 4 else rows
+
+    def _is_head(self, table: Tensor) -> bool:
+        """Whether a linear layer has the same memory: what is tied is stored once."""
+        nodes = [node for node in _nodes.calls(self.graph) if node.target is CALORA.linears.default]
+        weights = [weight for node in nodes for weight in _nodes.weights(self.graph, self.roles, node)]
+        return any(weight.values.data_ptr() == table.data_ptr() for weight in weights)
 
     def lower_rms_norm(self, node: Node) -> None:
         x, weight, eps = self.value(node.args[0]), self.graph.tensors[self._role(node.args[1])], node.args[2]
@@ -381,6 +391,19 @@ class _Walk:
 
     def lower_getitem(self, node: Node) -> None:
         """Members are looked up where they are read."""
+
+
+def _table(held: Weight) -> np.ndarray:
+    """The token table in the bytes of an XNNPACK filter."""
+    values = held.values.numpy()
+    return nibbles(values) if held.bits == 4 else values
+
+
+def _swapped(graph: Subgraph, values: Sequence[Value]) -> Value:
+    """Neighbours exchanged: embedding_4bit has the first of two in the high half of a byte, XNNPACK in the low."""
+    x = values[0]
+    pairs = graph.reshape(x, (*x.shape[:-1], x.shape[-1] // 2, 2))
+    return graph.reshape(graph.concatenate([graph.slice(pairs, 1, 1), graph.slice(pairs, 0, 1)]), x.shape)
 
 
 def _slice(method: Method, x: int, start: int, end: int, output: int) -> None:

@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
 from executorch.exir import schema
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
+from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
 from executorch.exir.scalar_type import ScalarType
+from executorch.exir.tensor_layout import TensorLayout
+from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
-from calora_export.targets._xnnpack import BACKEND
+from calora_export.targets._xnnpack import BACKEND, key_of
 
 ALIGNMENT = 64  # of planned tensors, in bytes
+SHARED_ALIGNMENT = 16  # of shared constants, in bytes
 ARENA = 1  # the memory that a runtime gives a method
 TYPES = {"fp32": (ScalarType.FLOAT, 4), "fp16": (ScalarType.HALF, 2), "int64": (ScalarType.LONG, 8)}
-STORED = {np.dtype(np.float32): ScalarType.FLOAT, np.dtype(np.int8): ScalarType.CHAR}
+STORED = {
+    np.dtype(np.float32): ScalarType.FLOAT,
+    np.dtype(np.int8): ScalarType.CHAR,
+    np.dtype(np.uint8): ScalarType.BYTE,
+}
 ONE_OUTPUT = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
@@ -36,10 +44,23 @@ class Program:
         self._payloads: list[schema.BackendDelegateInlineData] = []
         self._named = NamedDataStore()
         self._known: dict[bytes, int] = {}
+        self._shared: dict[str, tuple[bytes, TensorLayout]] = {}
 
     def constant(self, array: np.ndarray) -> int:
         """The index of a constant; equal ones are stored once."""
         return self._once(np.ascontiguousarray(array).tobytes(), self._constants, schema.Buffer)
+
+    @property
+    def shared(self) -> Set[str]:
+        """Keys of what the data file holds."""
+        return self._shared.keys()
+
+    def share(self, array: np.ndarray) -> str:
+        """The key of a constant that operators and delegates both read: only a data file can be read by both."""
+        data = np.ascontiguousarray(array).tobytes()
+        key = key_of(data)
+        self._shared[key] = (data, TensorLayout(STORED[array.dtype], list(array.shape), list(range(array.ndim))))
+        return key
 
     def payload(self, data: bytes, named: NamedDataStoreOutput) -> int:
         """The index of a delegate's payload."""
@@ -62,7 +83,7 @@ class Program:
         self._plans.append(
             schema.ExecutionPlan(
                 name,
-                schema.ContainerMetadata("", ONE_OUTPUT),
+                schema.ContainerMetadata("", ONE_OUTPUT if len(kinds) == 1 else ""),
                 [schema.EValue(value) for value in kinds],
                 [],
                 list(range(len(kinds))),
@@ -74,6 +95,14 @@ class Program:
         )
 
     def write(self, path: Path) -> None:
+        """Write a .pte file, and beside it a .ptd file when something is shared."""
+        if self._shared:
+            buffers = [data for data, _ in self._shared.values()]
+            layouts = [layout for _, layout in self._shared.values()]
+            entries = [DataEntry(i, SHARED_ALIGNMENT, layout) for i, layout in enumerate(layouts)]
+            payload = DataPayload(buffers, dict(zip(self._shared, entries, strict=True)))
+            with path.with_suffix(".ptd").open("wb") as out:
+                FlatTensorSerializer().serialize(payload).write_to_file(out)
         program = schema.Program(
             version=0,
             execution_plan=self._plans,
@@ -151,8 +180,9 @@ class Method:
         index = self._program.constant(array)
         return self._tensor(STORED[array.dtype], array.shape, dynamic=False, buffer=index)
 
-    def external(self, key: str, array: np.ndarray) -> int:
-        """A constant that a .ptd file holds under a key."""
+    def shared(self, array: np.ndarray) -> int:
+        """A constant that delegates read too."""
+        key = self._program.share(array)
         value = self._tensor(STORED[array.dtype], array.shape, dynamic=False)
         tensor = self._values[value].val
         assert isinstance(tensor, schema.Tensor)

@@ -7,9 +7,10 @@ layer of a model. A delegate is a short list of nodes, so this writes the list.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import serialize_xnnpack_binary
@@ -49,10 +50,14 @@ class Filter:
 
 
 class Subgraph:
-    """Collects the nodes of one delegate. longest: the sequence for which the runtime reserves memory at first."""
+    """Collects the nodes of one delegate.
 
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
+    longest is the sequence for which the runtime reserves memory at first; elsewhere are the keys of constants that
+    another file holds.
+    """
+
+    def __init__(self, longest: int, elsewhere: Set[str] = frozenset()) -> None:
+        self.longest, self._elsewhere = longest, elsewhere
         self._store = NamedDataStore()
         self._inputs: list[int] = []
         self._outputs: list[int] = []
@@ -117,8 +122,9 @@ class Subgraph:
 
     def _keep(self, data: np.ndarray) -> str:
         content = data.tobytes()
-        key = hashlib.sha256(content).hexdigest()
-        self._store.add_named_data(key, content, ALIGNMENT)
+        key = key_of(content)
+        if key not in self._elsewhere:
+            self._store.add_named_data(key, content, ALIGNMENT)
         return key
 
     def _buffer(self, key: str, size: int) -> int:
@@ -151,11 +157,11 @@ class Subgraph:
     def _filter(self, weight: Filter) -> Value:
         if weight.scale is None:
             return self.constant(weight.values)
-        data = _nibbles(weight.values) if weight.bits == 4 else weight.values
+        data = nibbles(weight.values) if weight.bits == 4 else weight.values
         buffer = self._buffer(self._keep(np.ascontiguousarray(data)), data.nbytes)
         groups = weight.scale.shape[1]
         scale = np.ascontiguousarray(weight.scale, np.float32)
-        stored = scale if groups == 1 else bfloat16(scale)
+        stored = scale if groups == 1 else scale.astype(ml_dtypes.bfloat16)
         place = self._buffer(self._keep(stored), stored.nbytes)
         if groups == 1:
             kind = Kind.xnn_datatype_qcint4 if weight.bits == 4 else Kind.xnn_datatype_qcint8
@@ -223,13 +229,12 @@ class Subgraph:
         return self.multiply(self.multiply(x, factor), self.constant(weight))
 
 
-def bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper halves of fp32 values as uint16, rounded to nearest even."""
-    bits = values.view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def key_of(content: bytes) -> str:
+    """Under which constants are looked up."""
+    return hashlib.sha256(content).hexdigest()
 
 
-def _nibbles(values: np.ndarray) -> np.ndarray:
+def nibbles(values: np.ndarray) -> np.ndarray:
     """int4 [out, in] as uint8 [out, in / 2], offset by 8, the first value in the low nibble."""
     unsigned = (values + 8).astype(np.uint8)
     return unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)

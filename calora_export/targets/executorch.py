@@ -6,7 +6,7 @@ Both read the same constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
+from calora_export.targets import Origin
 from calora_export.targets._executorch_plan import Frame, Inside, Outside, Plan, Ref, plan, slot_tensors
 from calora_export.targets._executorch_program import Method, Program
 from calora_export.targets._xnnpack import Subgraph
@@ -23,8 +24,8 @@ MODEL, ROUTER = "model.pte", "router.pte"
 LONGEST_TEXT = 4096  # tokens that a router reads at once
 
 
-def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots:
-    """Write model.pte; return where adapter files hold each slot."""
+def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
+    """Write model.pte, and model.ptd for a tied table; return where adapter files hold each slot."""
     longest = min(recipe.chunk, graph.shape.context)
     tensors = slot_tensors(graph)
     width = sum(tensor.inputs + tensor.outputs for tensor in tensors)
@@ -36,8 +37,8 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Sl
         ("fp32", recipe.rank_budget),
     ]
     program.add(_method("adapted", plan(graph, slots=True), program, longest, adapter))
-    for name, value in _facts(graph, longest).items():
-        program.answer(name, [value])
+    for name, values in _facts(graph, longest, origin).items():
+        program.answer(name, values)
     program.write(directory / MODEL)
     return Slots(
         rank="dynamic",
@@ -68,17 +69,19 @@ def accompany(manifest: Manifest, directory: Path) -> None:
     """Nothing yet: the stock runners find what they need in the program."""
 
 
-def _facts(graph: Graph, longest: int) -> dict[str, int | bool]:
+def _facts(graph: Graph, longest: int, origin: Origin) -> dict[str, Sequence[int | bool]]:
     """What the stock LLM runner asks a program for (extension/llm/runner/constants.h)."""
-    return {
-        "get_max_seq_len": longest,
-        "get_max_context_len": graph.shape.context,
-        "get_vocab_size": graph.shape.vocab,
-        "get_n_layers": graph.shape.layers,
-        "enable_dynamic_shape": True,
-        "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": True,
+    facts: dict[str, Sequence[int | bool]] = {
+        "get_max_seq_len": [longest],
+        "get_max_context_len": [graph.shape.context],
+        "get_vocab_size": [graph.shape.vocab],
+        "get_n_layers": [graph.shape.layers],
+        "enable_dynamic_shape": [True],
+        "use_kv_cache": [True],
+        "use_sdpa_with_kv_cache": [True],
+        "get_eos_ids": origin.eos,
     }
+    return facts if origin.bos is None else facts | {"get_bos_id": [origin.bos]}
 
 
 def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequence[tuple[str, int]] = ()) -> Method:
@@ -91,7 +94,8 @@ def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequ
     method.call("aten::_local_scalar_dense", [start, position])
     method.call("aten::sym_size.int", [tokens, method.number(1), length])
     method.call("executorch_prim::add.Scalar", [position, length, end])
-    named = {name: method.constant(array) for name, array in plan.constants.items()}
+    tied = {name: method.shared(array) for name, array in plan.tied.items()}
+    named = tied | {name: method.constant(array) for name, array in plan.constants.items()}
     named |= {name: method.state(shape) for name, shape in plan.caches.items()}
     frame = Frame(method, tokens, position, end, rows, named)
     values: dict[int, int] = {}
@@ -101,7 +105,7 @@ def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequ
         for step in level.outside:
             step.call(frame, [values[ref.number] for ref in step.inputs], values[step.output.number])
         if level.inside:
-            payload, constants = _delegate(level, longest).serialize()
+            payload, constants = _delegate(level, longest, program.shared).serialize()
             method.delegate(payload, constants, [values[ref.number] for ref in (*level.inputs, *level.outputs)])
     method.output(values[plan.logits.number])
     return method
@@ -135,8 +139,8 @@ def _levels(plan: Plan) -> list[_Level]:
     return found
 
 
-def _delegate(level: _Level, longest: int) -> Subgraph:
-    graph = Subgraph(longest)
+def _delegate(level: _Level, longest: int, elsewhere: Set[str]) -> Subgraph:
+    graph = Subgraph(longest, elsewhere)
     values = {ref.number: graph.input(ref.shape) for ref in level.inputs}
     for step in level.inside:
         values[step.output.number] = step.emit(graph, [values[ref.number] for ref in step.inputs])

@@ -25,7 +25,7 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import _genai, _nodes
+from calora_export.targets import Origin, _genai, _nodes
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
 
@@ -33,11 +33,11 @@ MODEL = "model.onnx"
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
 
 
-def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots:
+def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.onnx and model.onnx.data; return which tensors an adapter file must hold."""
     with DataFile(directory / f"{MODEL}.data") as data:
         lowering = _Lowering(graph, recipe, Builder(data))
-        outputs = lowering.run(bytes.fromhex(fingerprint.removeprefix("sha256:")))
+        outputs = lowering.run(bytes.fromhex(origin.fingerprint.removeprefix("sha256:")))
     ir.save(lowering.build.model(outputs), directory / MODEL)
     return Slots(
         rank="dynamic",

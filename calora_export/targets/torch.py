@@ -11,11 +11,12 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
+from calora_export.targets import Origin
 
 MODEL = "model.safetensors"
 
 
-def lower(graph: Graph, recipe: Recipe, directory: Path, fingerprint: str) -> Slots:
+def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.safetensors; its inputs are those of the graph, and every site has tensors of its own."""
     program.write(graph.program, directory / MODEL)
     return Slots(
