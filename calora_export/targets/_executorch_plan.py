@@ -121,9 +121,11 @@ class _Walk:
     def run(self) -> Plan:
         outputs = _nodes.results(self.graph)
         needed = _nodes.live(outputs[:1], self._operands)
-        for node in _nodes.calls(self.graph):
-            if node in needed:
-                self._lower(node)
+        nodes = [node for node in _nodes.calls(self.graph) if node in needed]
+        for node in nodes:
+            self._require_full_attention(node)
+        for node in nodes:
+            self._lower(node)
         logits = self.value(outputs[0])
         return Plan(_reachable(self.steps, logits), self.constants, self.tied, self.caches, logits)
 
@@ -251,13 +253,17 @@ class _Walk:
     def _role(self, arg: object) -> str:
         return self.roles[_nodes.node(arg).name]
 
-    def lower_attention(self, node: Node) -> None:
-        cos, sin, scale, window, softcap = node.args[5:]
-        shape = self.graph.shape
-        if (window and _nodes.integer(window) < shape.context) or softcap:
+    def _require_full_attention(self, node: Node) -> None:
+        """Before anything is lowered: it says more than the operators that come with other attention."""
+        window, softcap = node.args[8:10] if node.target is CALORA.attention.default else (0, 0.0)
+        if (window and _nodes.integer(window) < self.graph.shape.context) or softcap:
             expected = "full attention without a cap, which is what llama::custom_sdpa computes"
             found = f"sliding_window {window}, softcap {softcap}"
             raise UnsupportedError(mismatch("base/config.json", "attention", expected, found))
+
+    def lower_attention(self, node: Node) -> None:
+        cos, sin, scale = node.args[5:8]
+        shape = self.graph.shape
         q, k, v = (
             self._per_head(arg, heads)
             for arg, heads in zip(node.args[:3], (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
