@@ -1,7 +1,7 @@
 # make demo        export the demo bundle to ONNX Runtime, talk to it, validate it: build/demo/
 # make test        lint and the test suite;  make heavy: the tests that take minutes
 # make lint        ruff and pyright
-# make bench       compare with llama.cpp (compiled on the first run) and onnxruntime-genai: minutes
+# make bench       compare with llama.cpp (compiled on the first run), onnxruntime-genai and transformers: 20 minutes
 # make demo-train  train the demo bundle again: build/demo-train/
 #
 # Each environment is built once and again when pyproject.toml changes. PYTHON=python3.12 picks another Python;
@@ -47,7 +47,7 @@ clean:
 
 .venv/ready: EXTRA = onnx
 .venv-test/ready: EXTRA = test
-.venv-bench/ready: EXTRA = bench
+.venv-bench/ready: EXTRA = bench,executorch
 .venv/ready .venv-test/ready .venv-bench/ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python $(PIP) install --quiet --editable '.[$(EXTRA)]'

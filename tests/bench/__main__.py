@@ -1,4 +1,4 @@
-"""Run the benchmark and print its tables: `python -m tests.bench`. Ten minutes on two quiet cores.
+"""Run the benchmark and print its tables: `python -m tests.bench`. Twenty minutes on two quiet cores.
 
 Everything goes to build/bench/: results.json, a page for docs/; inputs, packages and logs per shape.
 """
@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from calora_export.errors import CaloraError
+
 from . import ours, peers
 from .drivers import llama_swap_ms
 from .environment import describe
+from .exporting import export_all, lower_upstream, package
 from .inputs import Inputs, write_inputs
-from .measure import System, interleave
-from .process import BenchError, Run, apart
+from .measure import Subject, interleave
+from .process import BenchError, apart
 from .results import (
     BUILDER,
     BUILDER_ADAPTER,
@@ -25,13 +27,20 @@ from .results import (
     LLAMA_ADAPTER,
     LLAMA_Q4,
     LLAMA_Q4_ADAPTER,
+    NATIVE,
+    NATIVE_ADAPTER,
+    NATIVE_MIX,
     OURS,
     OURS_ADAPTER,
     OURS_MIX,
+    UPSTREAM,
+    Memory,
     Results,
 )
-from .shapes import ADAPTERS, LATE_ADAPTER, SHAPES, Shape
+from .runner import Runner
+from .shapes import ADAPTERS, SHAPES, Shape
 from .table import markdown, page
+from .worker import System, Worker
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -46,15 +55,7 @@ class Options:
     rounds: int
     export_rounds: int
     threads: int
-
-
-@dataclass(frozen=True)
-class Exports:
-    """Runs by system, the runs of add-adapter, and the files that it changed besides package.json."""
-
-    runs: dict[str, list[Run]]
-    add_adapter: list[Run]
-    changed_files: list[str]
+    upstream_full: bool
 
 
 def main() -> None:
@@ -63,19 +64,27 @@ def main() -> None:
     inputs = Inputs(options.work / "inputs")
     _say("writing the inputs")
     apart(write_inputs, options.shape, inputs, DOCS)
-    exports = _export(inputs, options)
-    systems = _systems(inputs, options.work)
-    if not systems:
+    exports = export_all(inputs, options.work, options.export_rounds, _say)
+    if options.export_rounds:
+        lower_upstream(inputs, options.shape, options.work, options.upstream_full, exports, _say)
+    native = _native(options)
+    models = _models(inputs, options.work)
+    workers = [Worker(row, system, options.threads) for row, system in models.items()]
+    subjects: list[Subject] = [*workers, *([native] if native else [])]
+    if not subjects:
         raise BenchError("nothing to measure: neither calora-export nor a peer is installed")
-    _say(f"{options.rounds} rounds over {', '.join(systems)}")
+    _say(f"{options.rounds} rounds over {', '.join(row for subject in subjects for row in subject.rows)}")
     results = Results(
         environment=describe(options.work.name, options.threads),
         fp32_bytes=4 * options.shape.parameters(),
-        speeds=interleave(systems, options.rounds, options.threads, _say),
+        speeds=interleave(subjects, options.rounds, _say),
         exports=exports.runs,
-        swap_ms=_swaps(inputs, options, list(systems)),
+        swap_ms=_swaps(inputs, options),
         add_adapter=exports.add_adapter,
         changed_files=exports.changed_files,
+        model_bytes=_sizes(models, options.work),
+        few_layers=exports.few_layers,
+        memory=_memory(native) if native else None,
     )
     table = markdown(results)
     (options.out / "results.json").write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
@@ -83,50 +92,33 @@ def main() -> None:
     print(table)
 
 
-def _export(inputs: Inputs, options: Options) -> Exports:
-    """Export with everything that is installed, `export_rounds` times, into packages/<system>/."""
-    exports = Exports({}, [], [])
-    for index in range(options.export_rounds):
-        for system in (OURS, BUILDER, BUILDER_ADAPTER):
-            if not peers.has("calora_export.cli" if system == OURS else "onnxruntime_genai"):
-                continue
-            package, log = (
-                _package(options.work, system),
-                options.work / "logs" / f"{system.replace(' + ', '-')}-{index}.log",
-            )
-            shutil.rmtree(package, ignore_errors=True)
-            if system == OURS:
-                run = ours.export(inputs.bundle, package, log)
-            else:
-                adapter = inputs.adapter(ADAPTERS[0]) if system == BUILDER_ADAPTER else None
-                run = peers.build(inputs.model, package, adapter, log)
-            exports.runs.setdefault(system, []).append(run)
-            _say(f"exported {system} in {run.seconds:.1f} s, {run.peak_rss / 1e6:.0f} MB")
-            if system == OURS:
-                _add_adapter(inputs, package, log.with_name(f"add-adapter-{index}.log"), exports)
-    return exports
+def _native(options: Options) -> Runner | None:
+    """Our ExecuTorch package in its runner, if it was exported."""
+    path = package(options.work, NATIVE)
+    if not path.exists():
+        return None
+    rows = (NATIVE, NATIVE_ADAPTER, NATIVE_MIX)
+    return Runner(rows, path, ADAPTERS, options.threads, options.work / "jobs")
 
 
-def _add_adapter(inputs: Inputs, package: Path, log: Path, exports: Exports) -> None:
-    before = ours.state(package)
-    adapter = inputs.bundle / "adapters" / LATE_ADAPTER
-    exports.add_adapter.append(ours.add_adapter(package, adapter, log))
-    after = ours.state(package)
-    exports.changed_files.extend(name for name, state in before.items() if after.get(name) != state)
+def _memory(native: Runner) -> Memory:
+    return Memory(native.peak_at_load(), ours.model_bytes(native.package), ours.kv_bytes(native.package))
 
 
-def _systems(inputs: Inputs, work: Path) -> dict[str, System]:
-    """What can be measured here, by name."""
+def _models(inputs: Inputs, work: Path) -> dict[str, System]:
+    """What a Python driver can open here, by row."""
     systems = {}
-    package = _package(work, OURS)
-    if package.exists():
-        systems[OURS] = System("genai", package)
-        systems[OURS_ADAPTER] = System("genai", package, ours.adapter_file(package, ADAPTERS[0]))
-        mix = apart(ours.write_mix, inputs.bundle, package, ADAPTERS, work / "mix.adapter")
-        systems[OURS_MIX] = System("genai", package, mix)
+    path = package(work, OURS)
+    if path.exists():
+        systems[OURS] = System("genai", path)
+        systems[OURS_ADAPTER] = System("genai", path, ours.adapter_file(path, ADAPTERS[0]))
+        mix = apart(ours.write_mix, inputs.bundle, path, ADAPTERS, work / "mix.adapter")
+        systems[OURS_MIX] = System("genai", path, mix)
     for name in (BUILDER, BUILDER_ADAPTER):
-        if _package(work, name).exists():
-            systems[name] = System("genai", _package(work, name))
+        if package(work, name).exists():
+            systems[name] = System("genai", package(work, name))
+    if package(work, UPSTREAM).exists():
+        systems[UPSTREAM] = System("executorch", package(work, UPSTREAM) / "model.pte")
     if peers.has("llama_cpp") and peers.has("gguf"):
         adapter = inputs.gguf(ADAPTERS[0])
         systems[LLAMA] = System("llama", inputs.gguf("Q8_0"))
@@ -136,20 +128,25 @@ def _systems(inputs: Inputs, work: Path) -> dict[str, System]:
     return systems
 
 
-def _swaps(inputs: Inputs, options: Options, systems: list[str]) -> dict[str, float]:
-    """The p50 of a switch between two adapters in ms. The builder's packages can not switch."""
+def _sizes(models: dict[str, System], work: Path) -> dict[str, int]:
+    """Bytes of the models of rows without a swappable adapter."""
+    paths = {row: system.model for row, system in models.items() if system.adapter is None}
+    if package(work, NATIVE).exists():
+        paths[NATIVE] = package(work, NATIVE)
+    return {row: ours.model_bytes(path) for row, path in paths.items()}
+
+
+def _swaps(inputs: Inputs, options: Options) -> dict[str, float]:
+    """The p50 of a switch between two adapters in ms. The other peers can not switch."""
     swaps = {}
-    if OURS in systems:
-        log = options.work / "logs" / "bench.log"
-        swaps[OURS_ADAPTER] = ours.swap_ms(_package(options.work, OURS), log)
-    if LLAMA in systems:
+    for row, system, device in ((OURS_ADAPTER, OURS, "host"), (NATIVE_ADAPTER, NATIVE, "host:native")):
+        if package(options.work, system).exists():
+            log = options.work / "logs" / f"bench-{device.replace(':', '-')}.log"
+            swaps[row] = ours.swap_ms(package(options.work, system), device, log)
+    if peers.has("llama_cpp") and peers.has("gguf"):
         adapters = [inputs.gguf(name) for name in ADAPTERS]
         swaps[LLAMA_ADAPTER] = apart(llama_swap_ms, inputs.gguf("Q8_0"), adapters, options.threads)
     return swaps
-
-
-def _package(work: Path, system: str) -> Path:
-    return work / "packages" / system.replace(" + ", "-")
 
 
 def _options() -> Options:
@@ -158,10 +155,21 @@ def _options() -> Options:
     parser.add_argument("--rounds", type=int, default=15, help="of prefill and decode")
     parser.add_argument("--export-rounds", type=int, default=3, help="0: measure the packages of the last run")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--upstream-full", action="store_true", help="lower and run all layers with transformers' exporter: minutes"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     found = parser.parse_args()
     work = found.out / found.shape
-    return Options(SHAPES[found.shape], found.out, work, found.rounds, found.export_rounds, found.threads)
+    return Options(
+        shape=SHAPES[found.shape],
+        out=found.out,
+        work=work,
+        rounds=found.rounds,
+        export_rounds=found.export_rounds,
+        threads=found.threads,
+        upstream_full=found.upstream_full,
+    )
 
 
 def _say(text: str) -> None:
@@ -171,5 +179,5 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BenchError as error:
+    except (BenchError, CaloraError) as error:
         raise SystemExit(f"error: {error}") from None

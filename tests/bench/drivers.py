@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from .process import BenchError
+
 Handle = TypeVar("Handle")
 CONTEXT = 512
 
@@ -105,6 +107,34 @@ class LlamaDriver:
         batch = self.library.llama_batch_get_one(array, len(tokens))
         if self.library.llama_decode(self.context, batch) != 0:
             raise RuntimeError("llama.cpp could not decode")
+
+
+class ExecutorchDriver:
+    """A .pte of transformers' exporter in the Python runtime, whose thread pool is as large as the machine."""
+
+    def __init__(self, model: Path, adapter: Path | None, threads: int) -> None:
+        import executorch.kernels.quantized  # noqa: F401
+        import torch
+        from executorch.runtime import Runtime
+
+        if adapter is not None:
+            raise BenchError("transformers' exporter knows no adapters")
+        self.torch = torch
+        self.program = Runtime.get().load_program(model)
+        self.method = self.program.load_method("forward")
+        self.reset()
+
+    def reset(self) -> None:
+        self.length, self.token = 0, 0
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        positions = self.torch.arange(self.length, self.length + len(tokens))
+        logits = self.method.execute([self.torch.tensor([list(tokens)]), positions])[0]
+        self.length += len(tokens)
+        self.token = int(logits[0, -1].argmax())
+
+    def step(self) -> None:
+        self.prefill([self.token])
 
 
 def _made(handle: Handle | None) -> Handle:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from calora_export.version import VERSION
 
-PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
+PACKAGES = (
+    *("torch", "transformers", "torchao", "executorch"),
+    *("onnxruntime", "onnxruntime-genai", "llama-cpp-python"),
+)
 
 
 def describe(shape: str, threads: int) -> dict[str, str]:

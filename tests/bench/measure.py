@@ -1,27 +1,16 @@
-"""Interleaved rounds over several systems: the machine's drift hits all of them and cancels in the ratios.
+"""Interleaved rounds over several subjects: the machine's drift hits all of them and cancels in the ratios.
 
-Each system lives in a process of its own (thread pool, memory) and sleeps while another one is measured.
 A round in which something else used the processors is repeated, and left out of the figures when there are
 enough others: thread pools that spin suffer from company, and not all alike.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
-from pathlib import Path
-
-import psutil
-
-from .drivers import Driver, GenaiDriver, LlamaDriver
-from .process import BenchError
+from typing import Protocol
 
 PROMPT = tuple(range(10, 138))
 STEPS = 64
@@ -33,19 +22,10 @@ PATIENCE = 180.0  # seconds after which nothing is repeated any more
 
 
 @dataclass(frozen=True)
-class System:
-    """What a worker opens: the runtime ("genai" or "llama"), the model's path, the adapter's file or none."""
-
-    runtime: str
-    model: Path
-    adapter: Path | None = None
-
-
-@dataclass(frozen=True)
 class Round:
-    """Seconds of a prefill, the share of the processors that others used, seconds of each token."""
+    """Seconds of a prefill (None: not timed), the share of the processors that others used, seconds of each token."""
 
-    prefill_s: float
+    prefill_s: float | None
     others: float
     steps_s: tuple[float, ...]
 
@@ -56,16 +36,17 @@ class Round:
 
 @dataclass(frozen=True)
 class Speed:
-    """One system: `load_s` to open it when library and files are warm, `peak_rss` of its process in bytes."""
+    """One row: `load_s` to open it when library and files are warm, `peak_rss` of its process in bytes."""
 
     load_s: float
     peak_rss: int
     rounds: tuple[Round, ...]
 
     @property
-    def prefill_s(self) -> float:
+    def prefill_s(self) -> float | None:
         """Seconds of a prefill: the median of the quiet rounds."""
-        return statistics.median(one.prefill_s for (one,) in quiet(self))
+        found = [one.prefill_s for (one,) in quiet(self) if one.prefill_s is not None]
+        return statistics.median(found) if found else None
 
     @property
     def step_s(self) -> float:
@@ -83,6 +64,31 @@ class Spread:
     count: int
 
 
+class Subject(Protocol):
+    """What is measured in one process: one row of the table, or several that share a loaded model."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+    def load(self) -> float:
+        """Open it twice: the seconds of the second time. Called once, before the rounds."""
+        ...
+
+    def round(self) -> tuple[Round, ...]:
+        """One for each row."""
+        ...
+
+    def peaks(self) -> tuple[int, ...]:
+        """For each row the peak memory of a process that ran it, in bytes. Called after the rounds."""
+        ...
+
+    def close(self) -> None:
+        """End its process."""
+        ...
+
+
 def spread(values: Sequence[float]) -> Spread:
     """The spread of `values`, which must not be empty."""
     return Spread(min(values), statistics.median(values), max(values), len(values))
@@ -95,100 +101,37 @@ def quiet(*speeds: Speed) -> list[tuple[Round, ...]]:
     return undisturbed if len(undisturbed) >= FEWEST else together
 
 
-def interleave(
-    systems: Mapping[str, System], rounds: int, threads: int, say: Callable[[str], None]
-) -> dict[str, Speed]:
-    """Measure all `systems` side by side: A B C, C B A, A B C … for `rounds` rounds; `say` gets progress."""
-    workers = {name: _Worker(name, system, threads) for name, system in systems.items()}
+def interleave(subjects: Sequence[Subject], rounds: int, say: Callable[[str], None]) -> dict[str, Speed]:
+    """Measure all side by side, A B C, C B A, A B C … for `rounds` rounds; `say` gets progress. They end up closed."""
     try:
-        loads = {name: worker.ask("load")[0] for name, worker in workers.items()}
-        samples: dict[str, list[Round]] = {name: [] for name in workers}
+        loads = [subject.load() for subject in subjects]
+        samples: dict[str, list[Round]] = {row: [] for subject in subjects for row in subject.rows}
         deadline = time.monotonic() + PATIENCE
         for index in range(rounds):
-            for name in list(workers) if index % 2 == 0 else reversed(workers):
-                samples[name].append(quietest(partial(workers[name].ask, "round"), deadline))
+            for subject in subjects if index % 2 == 0 else reversed(subjects):
+                for row, found in zip(subject.rows, quietest(subject.round, deadline), strict=True):
+                    samples[row].append(found)
             others = statistics.mean(made[-1].others for made in samples.values())
             say(f"round {index + 1} of {rounds}, {others:.0%} of the processors used by others")
         return {
-            name: Speed(loads[name], int(worker.ask("memory")[0]), tuple(samples[name]))
-            for name, worker in workers.items()
+            row: Speed(load, peak, tuple(samples[row]))
+            for subject, load in zip(subjects, loads, strict=True)
+            for row, peak in zip(subject.rows, subject.peaks(), strict=True)
         }
     finally:
-        for worker in workers.values():
-            worker.close()
+        for subject in subjects:
+            subject.close()
 
 
-def quietest(measure: Callable[[], tuple[float, ...]], deadline: float) -> Round:
-    """The first quiet round of a few, else the quietest of them; no repeats after `deadline` (monotonic)."""
-    rounds: list[Round] = []
-    while not rounds or (len(rounds) < TRIES and time.monotonic() < deadline):
-        prefill, others, *steps = measure()
-        rounds.append(Round(prefill, others, tuple(steps)))
-        if others <= QUIET:
+def quietest(measure: Callable[[], tuple[Round, ...]], deadline: float) -> tuple[Round, ...]:
+    """The first quiet answer of a few, else the quietest of them; no repeats after `deadline` (monotonic)."""
+    answers: list[tuple[Round, ...]] = []
+    while not answers or (len(answers) < TRIES and time.monotonic() < deadline):
+        answers.append(measure())
+        if _others(answers[-1]) <= QUIET:
             break
-    return min(rounds, key=lambda one: one.others)
+    return min(answers, key=_others)
 
 
-class _Worker:
-    """The parent's side of one system's process."""
-
-    def __init__(self, name: str, system: System, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, system, threads), daemon=True)
-        self.process.start()
-        other.close()
-
-    def ask(self, request: str) -> tuple[float, ...]:
-        """Have one request of `_serve` answered."""
-        try:
-            self.connection.send(request)
-            return self.connection.recv()
-        except (EOFError, BrokenPipeError) as error:
-            raise BenchError(f"{self.name}: its process died (its own message is above)") from error
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.join()
-
-
-def open_driver(system: System, threads: int) -> Driver:
-    """Load a system in this process."""
-    if system.runtime == "genai":
-        return GenaiDriver(system.model, system.adapter, threads)
-    return LlamaDriver(system.model, system.adapter, threads)
-
-
-def _serve(connection: Connection, system: System, threads: int) -> None:
-    """Answer `load` (seconds), then each `round` (see `_round`) and `memory` (peak bytes)."""
-    with suppress(EOFError):  # the parent has closed its end
-        connection.recv()  # only now: the others are being loaded before
-        open_driver(system, threads)  # once for the library's import and the page cache
-        begin = time.perf_counter()
-        driver = open_driver(system, threads)
-        connection.send((time.perf_counter() - begin,))
-        while True:
-            if connection.recv() == "round":
-                connection.send(_round(driver))
-            else:
-                connection.send((float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),))
-
-
-def _round(driver: Driver) -> tuple[float, ...]:
-    """Seconds of a prefill, the share of others, seconds of each of `STEPS` tokens."""
-    driver.reset()
-    driver.prefill(PROMPT[:WARM_UP_STEPS])  # wakes the threads
-    driver.reset()
-    psutil.cpu_percent()  # the next call counts from here
-    own, begin = time.process_time(), time.perf_counter()
-    driver.prefill(PROMPT)
-    prefill = time.perf_counter() - begin
-    steps = []
-    for _ in range(WARM_UP_STEPS + STEPS):
-        before = time.perf_counter()
-        driver.step()
-        steps.append(time.perf_counter() - before)
-    seconds = (time.perf_counter() - begin) * (psutil.cpu_count() or 1)
-    others = psutil.cpu_percent() / 100 - (time.process_time() - own) / seconds
-    return prefill, max(others, 0.0), *steps[WARM_UP_STEPS:]
+def _others(rounds: tuple[Round, ...]) -> float:
+    return max(one.others for one in rounds)

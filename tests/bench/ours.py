@@ -15,13 +15,12 @@ from calora_export import runtimes
 
 from .process import Run, run
 
-RECIPE = "onnx-int4"
 CLI = (sys.executable, "-m", "calora_export")
 
 
-def export(bundle: Path, package: Path, log: Path) -> Run:
+def export(bundle: Path, recipe: str, package: Path, log: Path) -> Run:
     """`calora-export export`: the base and all adapters of the bundle."""
-    return run([*CLI, "export", bundle, "-o", package, "--recipe", RECIPE], log)
+    return run([*CLI, "export", bundle, "-o", package, "--recipe", recipe], log)
 
 
 def add_adapter(package: Path, adapter: Path, log: Path) -> Run:
@@ -29,15 +28,27 @@ def add_adapter(package: Path, adapter: Path, log: Path) -> Run:
     return run([*CLI, "add-adapter", package, adapter], log)
 
 
-def swap_ms(package: Path, log: Path) -> float:
-    """The p50 of a switch in ms, from `calora-export bench` on this machine."""
-    run([*CLI, "bench", package, "--device", "host", "--json"], log)
+def swap_ms(package: Path, device: str, log: Path) -> float:
+    """The p50 of a switch in ms, from `calora-export bench` on a device."""
+    run([*CLI, "bench", package, "--device", device, "--json"], log)
     return json.loads(log.read_text(encoding="utf-8"))["latency"]["swap_ms"]["p50"]
 
 
 def adapter_file(package: Path, identifier: str) -> Path:
     """The adapter's file in a package."""
     return next((package / "adapters").glob(f"{identifier}.*"))
+
+
+def model_bytes(path: Path) -> int:
+    """The size of a model: of its file, or of the files model.* of a package or of the builder."""
+    files = path.glob("model.*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def kv_bytes(package: Path) -> int:
+    """The size of a package's KV cache in fp32, as long as its context."""
+    model = packages.load(package).manifest.model
+    return 2 * model.layers * model.kv_heads * model.head_dim * model.context * 4
 
 
 def write_mix(bundle: Path, package: Path, identifiers: Sequence[str], path: Path) -> Path:

@@ -23,7 +23,7 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def build(model: Path, package: Path, adapter: Path | None, log: Path) -> Run:
+def build(model: Path, adapter: Path | None, package: Path, log: Path) -> Run:
     """Export with onnxruntime_genai.models.builder: int4, symmetric, blocks of 32, tied embedding by default.
 
     The LM head sees the last token only, as in our packages: without that option its prefill does more work.

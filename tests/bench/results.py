@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .measure import Round, Speed, Spread, quiet, spread
 from .process import Run
 
 OURS, OURS_ADAPTER, OURS_MIX = "ours", "ours + adapter", "ours + mix of two"
 BUILDER, BUILDER_ADAPTER = "builder", "builder + adapter"
+NATIVE, NATIVE_ADAPTER, NATIVE_MIX = (f"ours (ExecuTorch){use}" for use in ("", " + adapter", " + mix of two"))
+UPSTREAM, UPSTREAM_FEW = "transformers (ExecuTorch)", "transformers (ExecuTorch), extrapolated"
 LLAMA, LLAMA_ADAPTER = "llama.cpp", "llama.cpp + adapter"
 LLAMA_Q4, LLAMA_Q4_ADAPTER = "llama.cpp (Q4_0 embedding)", "llama.cpp (Q4_0 embedding) + adapter"
 
@@ -17,22 +19,42 @@ BASE_OF = {
     OURS_ADAPTER: OURS,
     OURS_MIX: OURS,
     BUILDER_ADAPTER: BUILDER,
+    NATIVE_ADAPTER: NATIVE,
+    NATIVE_MIX: NATIVE,
     LLAMA_ADAPTER: LLAMA,
     LLAMA_Q4_ADAPTER: LLAMA_Q4,
 }
 SYSTEMS = (
     *(OURS, OURS_ADAPTER, OURS_MIX),
     *(BUILDER, BUILDER_ADAPTER),
+    *(NATIVE, NATIVE_ADAPTER, NATIVE_MIX),
+    *(UPSTREAM, UPSTREAM_FEW),
     *(LLAMA, LLAMA_ADAPTER, LLAMA_Q4, LLAMA_Q4_ADAPTER),
 )
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes: the peak of a process that has opened a package and done nothing, and what it can not do without."""
+
+    peak_at_load: int
+    model: int
+    kv_cache: int
+
+    @property
+    def of_model(self) -> float:
+        """The peak without the KV cache, over the size of the model's files."""
+        return (self.peak_at_load - self.kv_cache) / self.model
+
+
+@dataclass(frozen=True)
 class Results:
-    """Everything that one run measured, by system; a system that is not installed is in no mapping.
+    """Everything that one run measured, by system; what was not measured is in no mapping.
 
     `exports` has one Run per round, `swap_ms` the p50 of a switch. `add_adapter` are runs of that command,
     `changed_files` what it changed besides package.json. `fp32_bytes`: the size of the uncompressed weights.
+    `model_bytes`: the size of a model's files without adapters. `few_layers`: what transformers' exporter needed for
+    so many layers, from which its export is extrapolated. `memory`: of our ExecuTorch package.
     """
 
     environment: Mapping[str, str]
@@ -42,6 +64,9 @@ class Results:
     swap_ms: Mapping[str, float]
     add_adapter: Sequence[Run] = ()
     changed_files: Sequence[str] = ()
+    model_bytes: Mapping[str, int] = field(default_factory=dict)
+    few_layers: Mapping[int, Run] = field(default_factory=dict)
+    memory: Memory | None = None
 
     def tax(self, system: str) -> Spread | None:
         """Time of a token with the adapter over time of a token without."""
@@ -55,14 +80,14 @@ class Results:
     def prefill(self, system: str, peer: str) -> Spread | None:
         """Prefill speed of `system` over that of `peer`."""
         rounds = self._rounds(system, peer)
-        return spread([b.prefill_s / a.prefill_s for a, b in rounds]) if rounds else None
+        ratios = [b.prefill_s / a.prefill_s for a, b in rounds if a.prefill_s and b.prefill_s]
+        return spread(ratios) if ratios else None
 
     def export_time(self, system: str, peer: str) -> Spread | None:
-        """Export time of `system` over that of `peer`."""
-        if system not in self.exports or peer not in self.exports:
-            return None
-        runs = zip(self.exports[system], self.exports[peer], strict=True)
-        return spread([a.seconds / b.seconds for a, b in runs])
+        """Export time of `system` over that of `peer`, in the rounds that exported both."""
+        pairs = zip(self.exports.get(system, ()), self.exports.get(peer, ()), strict=False)
+        ratios = [a.seconds / b.seconds for a, b in pairs]
+        return spread(ratios) if ratios else None
 
     def _rounds(self, system: str, peer: str) -> list[tuple[Round, ...]]:
         """The rounds of two systems side by side; none when one is not installed."""
@@ -89,8 +114,13 @@ class Goal:
         return "reached" if reached else "missed"
 
 
-def goals(results: Results) -> list[Goal]:
-    """The goals of the project over one run's own figures."""
+def goals(results: Results) -> dict[str, list[Goal]]:
+    """The goals of the project over one run's own figures, by target."""
+    return {"ONNX Runtime": onnx_goals(results), "ExecuTorch": executorch_goals(results)}
+
+
+def onnx_goals(results: Results) -> list[Goal]:
+    """Against the builder and llama.cpp."""
     ours = results.exports.get(OURS)
     swap = results.swap_ms.get(OURS_ADAPTER)
     mix = results.decode(OURS_ADAPTER, OURS_MIX)  # the speed of one over the mix's is the mix's time over one's
@@ -110,4 +140,25 @@ def goals(results: Results) -> list[Goal]:
         Goal("peak RSS of export, of the fp32 weights", 2.5, False, memory),
         Goal("add-adapter with Python's start", 3.0, False, late, " s"),
         Goal("files add-adapter changed besides package.json", 0.0, False, changed, ""),
+    ]
+
+
+def executorch_goals(results: Results) -> list[Goal]:
+    """Against transformers' own exporter and llama.cpp, whose base and ours hold the embedding in 8 bits."""
+    swap = results.swap_ms.get(NATIVE_ADAPTER)
+    mix = results.decode(NATIVE_ADAPTER, NATIVE_MIX)  # see onnx_goals
+    full = UPSTREAM in results.exports
+    lowering = results.export_time(NATIVE, UPSTREAM if full else UPSTREAM_FEW)
+    upstream = "transformers'" if full else "transformers' (extrapolated)"
+    memory = spread([results.memory.of_model]) if results.memory else None
+    return [
+        Goal(f"export time, of {upstream}", 1 / 3, False, lowering),
+        Goal("decode, base, of llama.cpp's", 1.5, True, results.decode(NATIVE, LLAMA)),
+        Goal("decode, adapter, of llama.cpp's", 1.3, True, results.decode(NATIVE_ADAPTER, LLAMA_ADAPTER)),
+        Goal("time of a token, adapter, of ours without", 1.25, False, results.tax(NATIVE_ADAPTER)),
+        Goal("time of a token, mix of two, of one", 1.15, False, mix),
+        Goal("prefill, base, of llama.cpp's", 1.0, True, results.prefill(NATIVE, LLAMA)),
+        Goal("prefill, adapter, of llama.cpp's", 1.0, True, results.prefill(NATIVE_ADAPTER, LLAMA_ADAPTER)),
+        Goal("swap, p50", 2.0, False, None if swap is None else spread([swap]), " ms"),
+        Goal("peak RSS at load without the KV cache, of the model's files", 1.3, False, memory),
     ]
