@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 Export = Callable[[str], Path]
 Families = Callable[[str], "Family"]
+Variant = Callable[..., Path]
+
+
+class Lower(Protocol):
+    def __call__(self, name: str, recipe: str = "onnx-fp32") -> Path: ...
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +68,34 @@ def package_fp32(exported: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
+def package_executorch(exported: Export) -> Path:
+    """The tiny bundle on ExecuTorch, int4 linears and int8 activations."""
+    return exported("executorch-8da4w")
+
+
+@pytest.fixture(scope="session")
+def package_executorch_fp32(exported: Export) -> Path:
+    """The tiny bundle on ExecuTorch, every weight in fp32."""
+    return exported("executorch-fp32")
+
+
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    """Export a bundle with a recipe that ships and some of its values changed."""
+    from calora_export import pipeline, resources
+
+    def export(bundle: Path, recipe: str, **changes: str | int) -> Path:
+        text = resources.recipes()[recipe].read_text()
+        for key, value in changes.items():
+            text = f"{key} = {value!r}\n" + re.sub(rf"(?m)^{key} = .*\n", "", text)
+        directory = tmp_path_factory.mktemp("variant")
+        (directory / "recipe.toml").write_text(text)
+        return pipeline.export(bundle, directory / "package", str(directory / "recipe.toml")).path
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
     """Name of tests.families → that family, with its bundle on disk."""
     from tests.families import make
@@ -70,12 +104,12 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
 
 
 @pytest.fixture(scope="session")
-def lowered(families: Families) -> Export:
-    """Name of tests.families → its package on ONNX Runtime in fp32."""
+def lowered(families: Families) -> Lower:
+    """Name of tests.families → its package, in fp32 unless another recipe is named."""
     from calora_export import pipeline
 
-    def export(name: str) -> Path:
+    def export(name: str, recipe: str = "onnx-fp32") -> Path:
         family = families(name)
-        return pipeline.export(family.bundle, family.directory / "package", "onnx-fp32").path
+        return pipeline.export(family.bundle, family.directory / recipe, recipe).path
 
     return functools.cache(export)

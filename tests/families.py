@@ -53,6 +53,7 @@ _FAMILIES: dict[str, tuple[str, Settings]] = {
 }
 _OTHERS: dict[str, tuple[str, Settings]] = {
     "phi": ("phi", {}),  # layer norms instead of RMS norms; half of each head is rotated
+    "mistral-full": ("mistral", {"sliding_window": CONTEXT}),  # a window that is never left
     "cohere": ("cohere", {}),  # rotates neighbouring values, not halves
     "gpt_oss": ("gpt_oss", {"head_dim": 16, "num_experts_per_tok": 1, "rope_parameters": _ROPE}),  # sinks
     "stablelm": ("stablelm", {}),  # attention that can not be exchanged

@@ -13,7 +13,7 @@ from calora_export import pipeline
 from calora_export.generation import Chat
 from calora_export.runtimes import onnx as runtime
 from tests.bundles import copy_bundle, edit_json
-from tests.conftest import Export
+from tests.conftest import Export, Lower
 
 PROMPT = "Write the word alpha backwards."
 STEPS = 24
@@ -86,7 +86,7 @@ def test_genai_stops_at_the_end_token(bare: Path, package: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "phi3"])
-def test_other_families_run_in_genai(lowered: Export, name: str) -> None:
+def test_other_families_run_in_genai(lowered: Lower, name: str) -> None:
     """Sliding windows and packed projections, past the length of a window."""
     prompt = list(range(3, 20))
     for adapter in (None, "all"):

@@ -18,7 +18,7 @@ from calora_export.package import Package, Slots
 from calora_export.runtimes import onnx as runtime
 from calora_export.runtimes.onnx import OnnxSession
 from tests.bundles import ALPHA, LAYERS, RANKS
-from tests.conftest import Export, Families
+from tests.conftest import Families, Lower
 from tests.packages import copy_package, refresh
 from tests.tampering import Arrays, adapter_file, edit_adapter, read_adapter, write_adapter
 
@@ -127,7 +127,7 @@ def test_a_site_that_an_adapter_lacks_adds_nothing(slots: Slots) -> None:
         assert arrays[tensor.up].shape == (3, tensor.outputs)
 
 
-def test_recovery_rows_need_a_graph_that_has_them(lowered: Export, families: Families) -> None:
+def test_recovery_rows_need_a_graph_that_has_them(lowered: Lower, families: Families) -> None:
     slots = packages.load(lowered("qwen2")).manifest.slots
     assert slots.recovery is None
     adapter = Adapter("curved", None, 1, np.ones(1, bool), {})
@@ -277,6 +277,6 @@ def test_logits_outlive_the_next_step(session: OnnxSession) -> None:
     assert np.array_equal(logits, kept)
 
 
-def test_a_package_without_a_router_says_so(lowered: Export) -> None:
+def test_a_package_without_a_router_says_so(lowered: Lower) -> None:
     with pytest.raises(PackageError, match="router"):
         runtime.open_session(packages.load(lowered("qwen2")), 1).route([1])

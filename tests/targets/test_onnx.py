@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +10,17 @@ import torch
 from torch import Tensor
 
 from calora_export import package as packages
-from calora_export import pipeline, resources
+from calora_export import pipeline
 from calora_export.errors import UnsupportedError
 from calora_export.runtimes import onnx as runtime
 from tests.bundles import LAYERS, RANKS, tiny_bundle
-from tests.conftest import Export, Families
+from tests.conftest import Export, Families, Lower, Variant
 from tests.families import NAMES, PREFILL, STEPS, caloras, tokens
 from tests.onnx_file import OnnxFile, bundle_weights
 from tests.twin import calora, dense_twin
 
-Variant = Callable[..., Path]
 ADAPTERS = ("alpha", "beta")
 IDS = [int(token) for token in np.random.default_rng(3).integers(0, 256, PREFILL + STEPS)]
-
-
-@pytest.fixture(scope="session")
-def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
-    """Export a bundle with a recipe that ships and some of its values changed."""
-
-    def export(bundle: Path, recipe: str, **changes: str) -> Path:
-        text = resources.recipes()[recipe].read_text()
-        for key, value in changes.items():
-            text = f'{key} = "{value}"\n' + re.sub(rf"(?m)^{key} = .*\n", "", text)
-        directory = tmp_path_factory.mktemp("variant")
-        (directory / "recipe.toml").write_text(text)
-        return pipeline.export(bundle, directory / "package", str(directory / "recipe.toml")).path
-
-    return export
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +95,7 @@ def test_a_packed_weight_has_no_fp32_copy(tiny: Path, package: Path, package_fp3
         assert any(row in dense for row in rows)
 
 
-def test_a_tied_table_is_stored_once(families: Families, lowered: Export, variant: Variant) -> None:
+def test_a_tied_table_is_stored_once(families: Families, lowered: Lower, variant: Variant) -> None:
     """In fp32 one initializer serves both; packed, the two operators want two shapes of the same bytes."""
     family = families("llama-tied")
     table = family.hf.get_input_embeddings().weight.detach().numpy()
@@ -166,14 +149,14 @@ def test_adapter_tensors_are_inputs_that_default_to_rank_0(package: Path) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_onnxruntime_equals_transformers(families: Families, lowered: Export, name: str) -> None:
+def test_onnxruntime_equals_transformers(families: Families, lowered: Lower, name: str) -> None:
     ids = tokens(PREFILL + STEPS)
     expected = steps(families(name).logits(ids))
     np.testing.assert_allclose(run(lowered(name), {}, ids[0].tolist()), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_onnxruntime_equals_peft(families: Families, lowered: Export, name: str) -> None:
+def test_onnxruntime_equals_peft(families: Families, lowered: Lower, name: str) -> None:
     """All linear layers; q and v alone, in mistral and in llama's a16."""
     ids, family = tokens(PREFILL + STEPS), families(name)
     for adapter in ("a16", "pattern") if name == "llama" else ("all",):
@@ -185,7 +168,7 @@ def test_onnxruntime_equals_peft(families: Families, lowered: Export, name: str)
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4), (-0.5, 1.5)])
 def test_recovery_rows_and_mixes_equal_the_formula(
-    families: Families, lowered: Export, weights: tuple[float, float]
+    families: Families, lowered: Lower, weights: tuple[float, float]
 ) -> None:
     ids, llama = tokens(PREFILL + STEPS), families("llama")
     exact = caloras("llama", llama.hf)
