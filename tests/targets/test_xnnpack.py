@@ -40,7 +40,7 @@ def compiled(tmp_path: Path) -> Compile:
     from executorch.runtime import Runtime
 
     def compile(shapes: Sequence[Shape], build: Build) -> Run:
-        program, graph = Program(), Subgraph(LONGEST)
+        program, graph = Program(), Subgraph()
         method = Method("forward", program)
         made = list(build(graph, values := [graph.input(shape) for shape in shapes]))
         for value in made:
@@ -173,7 +173,7 @@ def test_concatenate(compiled: Compile, sizes: tuple[int, ...]) -> None:
 
 
 def test_what_changes_nothing_adds_no_node() -> None:
-    graph = Subgraph(LONGEST)
+    graph = Subgraph()
     x = graph.input(X)
     assert graph.reshape(x, X) is graph.slice(x, 0, IN) is graph.concatenate([x]) is x
     assert not graph._nodes
@@ -305,7 +305,7 @@ def test_members_of_a_group_read_one_rounded_input(compiled: Compile) -> None:
 
 
 def test_equal_constants_are_stored_once() -> None:
-    graph = Subgraph(LONGEST)
+    graph = Subgraph()
     x = graph.input(X)
     weight = Filter(integers(4), scales(2), 4, BIAS)
     again = Filter(weight.values.copy(), scales(2), 4, BIAS.copy())
