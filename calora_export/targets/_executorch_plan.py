@@ -62,11 +62,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class Outside:
-    """An operator between delegates: call(frame, inputs, output) writes its instructions."""
+    """An operator between delegates: call(frame, inputs, output) writes its instructions.
+
+    in_place is the input that the output takes the memory of.
+    """
 
     call: Callable[[Frame, Sequence[int], int], None]
     inputs: tuple[Ref, ...]
     output: Ref
+    in_place: Ref | None = None
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,16 @@ class _Walk:
         self.steps.append(Inside(emit, tuple(inputs), output))
         return output
 
-    def _outside(self, call: Callable[[Frame, Sequence[int], int], None], inputs: Sequence[Ref], shape: Shape) -> Ref:
+    def _outside(
+        self,
+        call: Callable[[Frame, Sequence[int], int], None],
+        inputs: Sequence[Ref],
+        shape: Shape,
+        in_place: Ref | None = None,
+    ) -> Ref:
         level = max((ref.level + ref.inside for ref in inputs), default=0)
         output = self._ref(shape, level, inside=False)
-        self.steps.append(Outside(call, tuple(inputs), output))
+        self.steps.append(Outside(call, tuple(inputs), output, in_place))
         return output
 
     def _ref(self, shape: Shape, level: int, *, inside: bool) -> Ref:
@@ -209,7 +219,7 @@ class _Walk:
             layout = (method.number(offset), method.numbers(columns), method.numbers(outs))
             method.call("calora::slot.out", [*inputs, *frame.adapter, *layout, output, output])
 
-        return self._outside(call, [x, y], y.shape)
+        return self._outside(call, [x, y], y.shape, in_place=y)
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 

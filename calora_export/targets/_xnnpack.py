@@ -50,14 +50,10 @@ class Filter:
 
 
 class Subgraph:
-    """Collects the nodes of one delegate.
+    """Collects the nodes of one delegate; elsewhere are the keys of constants that another file holds."""
 
-    longest is the sequence for which the runtime reserves memory at first; elsewhere are the keys of constants that
-    another file holds.
-    """
-
-    def __init__(self, longest: int, elsewhere: Set[str] = frozenset()) -> None:
-        self.longest, self._elsewhere = longest, elsewhere
+    def __init__(self, elsewhere: Set[str] = frozenset()) -> None:
+        self._elsewhere = elsewhere
         self._store = NamedDataStore()
         self._inputs: list[int] = []
         self._outputs: list[int] = []
@@ -110,7 +106,8 @@ class Subgraph:
         buffer: int = 0,
         quant: schema.XNNQuantParams | None = None,
     ) -> Value:
-        number, dims = len(self._values), [size or self.longest for size in shape]
+        number = len(self._values)
+        dims = [size or 1 for size in shape]  # for one position: memory for more is found when there are more
         tensor = schema.XNNTensorValue(kind, len(dims), dims, buffer, NONE, 0, number)
         self._tensors.append(tensor)
         self._values.append(schema.XValue(schema.XNNQuantizedTensorValue(tensor, quant) if quant else tensor))

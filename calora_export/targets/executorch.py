@@ -100,12 +100,15 @@ def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequ
     frame = Frame(method, tokens, position, end, rows, named)
     values: dict[int, int] = {}
     for level in _levels(plan):
-        for ref in (*(step.output for step in level.outside), *level.outputs):
+        new = [step.output for step in level.outside if step.in_place is None]
+        for ref in (*new, *level.outputs):
             values[ref.number] = method.tensor("fp32", [size or longest for size in ref.shape], dynamic=0 in ref.shape)
         for step in level.outside:
+            if step.in_place is not None:
+                values[step.output.number] = values[step.in_place.number]
             step.call(frame, [values[ref.number] for ref in step.inputs], values[step.output.number])
         if level.inside:
-            payload, constants = _delegate(level, longest, program.shared).serialize()
+            payload, constants = _delegate(level, program.shared).serialize()
             method.delegate(payload, constants, [values[ref.number] for ref in (*level.inputs, *level.outputs)])
     method.output(values[plan.logits.number])
     return method
@@ -139,8 +142,8 @@ def _levels(plan: Plan) -> list[_Level]:
     return found
 
 
-def _delegate(level: _Level, longest: int, elsewhere: Set[str]) -> Subgraph:
-    graph = Subgraph(longest, elsewhere)
+def _delegate(level: _Level, elsewhere: Set[str]) -> Subgraph:
+    graph = Subgraph(elsewhere)
     values = {ref.number: graph.input(ref.shape) for ref in level.inputs}
     for step in level.inside:
         values[step.output.number] = step.emit(graph, [values[ref.number] for ref in step.inputs])

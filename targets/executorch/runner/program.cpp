@@ -59,7 +59,23 @@ void set_threads(int64_t count) {
 
 Program::Program(const std::filesystem::path& path, const std::filesystem::path& data, const std::string& method)
     : file_(path.filename().string()), method_(method), module_(open(path, data)) {
-  require(module_.load_method(method), "load");
+  plan_memory();
+  require(module_.load_method(method, planned_.get()), "load");
+}
+
+void Program::plan_memory() {
+  const auto meta = module_.method_meta(method_);
+  require(meta.error(), "describe");
+  for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+    const auto size = meta->memory_planned_buffer_size(i);
+    require(size.error(), "describe");
+    // calloc has large blocks from the system, which backs their pages when they are first written.
+    arenas_.emplace_back(static_cast<uint8_t*>(std::calloc(size_t(*size) + 1, 1)));
+    if (!arenas_.back()) throw Error(file_ + ": " + method_ + ": no memory for " + std::to_string(*size) + " bytes");
+    spans_.emplace_back(arenas_.back().get(), size_t(*size));
+  }
+  planned_ = std::make_unique<executorch::runtime::HierarchicalAllocator>(
+      executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(spans_.data(), spans_.size()));
 }
 
 void Program::require(executorch::runtime::Error error, const std::string& what) const {

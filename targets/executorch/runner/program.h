@@ -4,7 +4,9 @@
 #include <executorch/extension/module/module.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,7 +39,17 @@ class Program {
  private:
   void require(executorch::runtime::Error error, const std::string& what) const;
 
+  /// Memory for the method's tensors that takes none before it is written: a KV cache grows with what it holds.
+  void plan_memory();
+
+  struct Free {
+    void operator()(uint8_t* memory) const { std::free(memory); }
+  };
+
   std::string file_, method_;
+  std::vector<std::unique_ptr<uint8_t, Free>> arenas_;
+  std::vector<executorch::runtime::Span<uint8_t>> spans_;
+  std::unique_ptr<executorch::runtime::HierarchicalAllocator> planned_;
   executorch::extension::Module module_;
 };
 
