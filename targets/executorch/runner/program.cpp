@@ -65,10 +65,10 @@ Program::Program(const std::filesystem::path& path, const std::filesystem::path&
 
 void Program::plan_memory() {
   const auto meta = module_.method_meta(method_);
-  require(meta.error(), "describe");
+  require(meta.error(), "load");
   for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
     const auto size = meta->memory_planned_buffer_size(i);
-    require(size.error(), "describe");
+    require(size.error(), "load");
     // calloc has large blocks from the system, which backs their pages when they are first written.
     arenas_.emplace_back(static_cast<uint8_t*>(std::calloc(size_t(*size) + 1, 1)));
     if (!arenas_.back()) throw Error(file_ + ": " + method_ + ": no memory for " + std::to_string(*size) + " bytes");
