@@ -25,11 +25,11 @@ def _any(_module: str, weight: PackedWeight) -> PackedWeight:
 def _onnx(module: str, weight: PackedWeight) -> PackedWeight:
     """MatMulNBits: groups of 16 to 128, a power of two. The scale of a longer group is repeated."""
     size = min(weight.group_size & -weight.group_size, 128)
-    if size == weight.group_size:
-        return weight
     if size < 16:
         expected = "a group size that a power of two from 16 divides"
         raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, "use onnx-fp32"))
+    if size == weight.group_size:
+        return weight
     scale = weight.scale.repeat(weight.group_size // size, axis=1)
     return PackedWeight(weight.q, scale, weight.bits, size)
 

@@ -111,7 +111,8 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
             mismatch(module, "input features", f"a multiple of the recipe's group_size {group}", columns)
         )
     bits = {"int4": 4, "int8": 8}[rule.scheme]
-    return Representation(quantize_symmetric(weight.values.astype("float32"), bits, group), False)
+    quantised = quantize_symmetric(weight.values.astype("float32"), bits, group)
+    return Representation(holding.hold(recipe.target, module, quantised), False)
 
 
 def _equal(a: PackedWeight, b: PackedWeight) -> bool:

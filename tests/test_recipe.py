@@ -92,7 +92,7 @@ def test_only_the_star_is_special(file: Path, pattern: str) -> None:
         ("group_size = 16", "groupsize = 16", "unknown field `groupsize` - at `$.precision[0]`"),
         ('scheme = "int8"', 'scheme = "int3"', "Invalid enum value 'int3' - at `$.precision[0].scheme`"),
         ("group_size = 16", 'group_size = "16"', "Expected `int`, got `str` - at `$.precision[0].group_size`"),
-        ("group_size = 16", "group_size = 0", "Expected `int` >= 1 - at `$.precision[0].group_size`"),
+        ("group_size = 16", "group_size = -1", "Expected `int` >= 0 - at `$.precision[0].group_size`"),
         ('target = "onnx"', 'target = "onnx"\ncontext = 0', "Expected `int` >= 1 - at `$.context`"),
         ("kl_max = 0.1\n", "", "missing required field `kl_max` - at `$.parity.source`"),
         ('target = "onnx"\n', "", "missing required field `target`"),
@@ -167,6 +167,18 @@ def test_a_dense_weight_is_rounded_to_the_nearest_and_said_to_be(
     steps = np.repeat(made.weight.scale.astype(np.float32), group, axis=1)
     error = np.abs(made.weight.q * steps - values) / steps
     assert error.max() <= 0.5 + 2**-6 * 2 ** (bits - 1)  # the scale itself is bfloat16
+
+
+@pytest.mark.parametrize(("target", "group"), [("onnx", 64), ("executorch", 192)])
+def test_a_dense_weight_is_quantised_into_what_the_target_holds(file: Path, target: str, group: int) -> None:
+    """Rows of 192 are no group of ONNX Runtime's, groups of int8 none of XNNPACK's."""
+    rows = "group_size = 16" if target == "executorch" else "group_size = 0"
+    text = file.read_text().replace('target = "onnx"', f'target = "{target}"').replace("group_size = 16", rows)
+    file.write_text(text)
+    made = represent(recipe.load(str(file)), "model.embed_tokens", DenseWeight(values := dense(192)))
+    assert isinstance(made.weight, PackedWeight) and not made.exact
+    assert (made.weight.bits, made.weight.group_size, made.weight.scale.shape[1]) == (8, group, 192 // group)
+    assert np.abs(made.weight.dequantize() - values).max() < np.abs(values).max() / 100
 
 
 def test_a_group_size_that_does_not_divide_is_an_error_that_names_both(mine: Recipe) -> None:
