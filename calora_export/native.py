@@ -33,15 +33,18 @@ def _built(kind: str, options: tuple[str, ...], product: str) -> Path:
     directory = _cache() / f"{kind}-{_key(source)}"
     if (directory / product).is_file():
         return directory / product
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{kind}-", dir=directory.parent) as name:
-        build = Path(name) / "build"
-        _run("-S", str(source), "-B", str(build), f"-Dexecutorch_DIR={_sdk()}", *options)
-        _run("--build", str(build), "--parallel", str(os.cpu_count() or 1))
-        directory.mkdir(exist_ok=True)
-        for file in sorted(build.glob("libcalora_*.so")) + [build / product]:
-            shutil.copy2(file, directory / f".{file.name}")
-            (directory / f".{file.name}").replace(directory / file.name)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{kind}-", dir=directory.parent) as name:
+            build = Path(name) / "build"
+            _run("-S", str(source), "-B", str(build), f"-Dexecutorch_DIR={_sdk()}", *options)
+            _run("--build", str(build), "--parallel", str(os.cpu_count() or 1))
+            directory.mkdir(exist_ok=True)
+            for file in sorted(build.glob("libcalora_*.so")) + [build / product]:
+                shutil.copy2(file, directory / f".{file.name}")
+                (directory / f".{file.name}").replace(directory / file.name)
+    except OSError as error:
+        raise DeviceError(f"host: {directory.parent} cannot be written: {error.strerror or error}") from error
     return directory / product
 
 
@@ -72,6 +75,17 @@ def _run(*arguments: str) -> None:
         raise DeviceError(mismatch("host", "cmake", "3.28 or newer", "none", "pip install 'calora-export[executorch]'"))
     done = subprocess.run([cmake, *arguments], capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if "rror" in line]
-        reason = lines[0].strip() if lines else f"exit code {done.returncode}"
-        raise DeviceError(f"host: the native runner cannot be built: {reason} (it needs a C++ compiler)")
+        needs = "it needs a C++ compiler, and nlohmann-json for the runner"
+        reason = _reason(done.stderr + done.stdout)
+        raise DeviceError(f"host: the native program cannot be built: {reason} ({needs})")
+
+
+def _reason(log: str) -> str:
+    """A compiler's first error; CMake says its own below where it found it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no output"]
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("CMake Error"):
+            return f"{line} {below}".strip()
+        if "error:" in line:
+            return line
+    return lines[-1]
