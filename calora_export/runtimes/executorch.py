@@ -209,7 +209,7 @@ def _open(path: Path, method: str) -> Method:
     try:
         with quiet.libraries():
             program = Runtime.get().load_program(path, data_path=data if data.is_file() else None)
-            loaded = program.load_method(method)
+            loaded = program.load_method(method) if method in program.method_names else None
     except RuntimeError as error:
         raise PackageError(f"{path.name}: ExecuTorch refuses it: {str(error).splitlines()[0]}") from error
     if loaded is None:
