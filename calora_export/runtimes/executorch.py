@@ -205,10 +205,9 @@ def _open(path: Path, method: str) -> Method:
     """ExecuTorch's errors are codes; its log says more, on stderr."""
     from executorch.runtime import Runtime
 
-    data = path.with_suffix(".ptd")
     try:
         with quiet.libraries():
-            program = Runtime.get().load_program(path, data_path=data if data.is_file() else None)
+            program = Runtime.get().load_program(path)
             loaded = program.load_method(method) if method in program.method_names else None
     except RuntimeError as error:
         raise PackageError(f"{path.name}: ExecuTorch refuses it: {str(error).splitlines()[0]}") from error

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-from torch import Tensor
 from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
@@ -75,14 +74,10 @@ class Outside:
 
 @dataclass(frozen=True)
 class Plan:
-    """One method: its steps in order, the constants and caches that they name, and the logits.
-
-    tied are constants that a delegate reads as well: the token table that is also the head.
-    """
+    """One method: its steps in order, the constants and caches that they name, and the logits."""
 
     steps: tuple[Inside | Outside, ...]
     constants: Mapping[str, np.ndarray]
-    tied: Mapping[str, np.ndarray]
     caches: Mapping[str, Shape]
     logits: Ref
 
@@ -111,7 +106,6 @@ class _Walk:
     slots: bool
     steps: list[Inside | Outside] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    tied: dict[str, np.ndarray] = field(default_factory=dict)
     caches: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,7 +125,7 @@ class _Walk:
         for node in nodes:
             self._lower(node)
         logits = self.value(outputs[0])
-        return Plan(_reachable(self.steps, logits), self.constants, self.tied, self.caches, logits)
+        return Plan(_reachable(self.steps, logits), self.constants, self.caches, logits)
 
     def _operands(self, node: Node) -> Sequence[Node]:
         if node.target is CALORA.attention.default:
@@ -226,7 +220,7 @@ class _Walk:
     def lower_embedding(self, node: Node) -> None:
         weight, scale = (self.graph.tensors[self._role(arg)] for arg in node.args[1:])
         held = Weight("", weight, scale, scale.new_zeros(0))
-        (self.tied if self._is_head(weight) else self.constants)["table"] = _table(held)
+        self.constants["table"] = _table(held)
         if held.bits:  # always fp32: the operators take the scales to be of the type of their output
             self.constants["table_scale"] = scale.numpy()
         bits, shape = held.bits, (1, SEQUENCE, weight.shape[1])
@@ -244,12 +238,6 @@ class _Walk:
 
         rows = self._outside(call, [], shape)
         self.values[node, 0] = self._inside(_swapped, [rows], shape) if bits == 4 else rows
-
-    def _is_head(self, table: Tensor) -> bool:
-        """Whether a linear layer has the same memory: what is tied is stored once."""
-        nodes = [node for node in _nodes.calls(self.graph) if node.target is CALORA.linears.default]
-        weights = [weight for node in nodes for weight in _nodes.weights(self.graph, self.roles, node)]
-        return any(weight.values.data_ptr() == table.data_ptr() for weight in weights)
 
     def lower_rms_norm(self, node: Node) -> None:
         x, weight, eps = self.value(node.args[0]), self.graph.tensors[self._role(node.args[1])], node.args[2]
@@ -410,7 +398,7 @@ class _Walk:
 
 
 def _table(held: Weight) -> np.ndarray:
-    """The token table in the bytes of an XNNPACK filter."""
+    """The token table in the bytes of an XNNPACK filter, so that a tied head is stored with it."""
     values = held.values.numpy()
     return nibbles(values) if held.bits == 4 else values
 

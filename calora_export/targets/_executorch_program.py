@@ -7,24 +7,21 @@ the model.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from executorch.exir import schema
+from executorch.exir._serialize._flatbuffer_program import _program_to_flatbuffer
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
-from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
-from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
+from executorch.exir._serialize._program import _ExtendedHeader, _insert_flatbuffer_header
 from executorch.exir.scalar_type import ScalarType
-from executorch.exir.tensor_layout import TensorLayout
-from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
-from calora_export.targets._xnnpack import BACKEND, key_of
+from calora_export.targets._xnnpack import BACKEND
 
-ALIGNMENT = 64  # of planned tensors, in bytes
-SHARED_ALIGNMENT = 16  # of shared constants, in bytes
+ALIGNMENT = 64  # of stored and planned tensors, in bytes
 ARENA = 1  # the memory that a runtime gives a method
 TYPES = {"fp32": (ScalarType.FLOAT, 4), "fp16": (ScalarType.HALF, 2), "int64": (ScalarType.LONG, 8)}
 STORED = {
@@ -40,39 +37,19 @@ class Program:
 
     def __init__(self) -> None:
         self._plans: list[schema.ExecutionPlan] = []
-        self._constants: list[schema.Buffer] = [schema.Buffer(b"")]
-        self._payloads: list[schema.BackendDelegateInlineData] = []
+        self._constants: dict[bytes, int] = {}
+        self._payloads: dict[bytes, int] = {}
         self._named = NamedDataStore()
-        self._known: dict[bytes, int] = {}
-        self._shared: dict[str, tuple[bytes, TensorLayout]] = {}
 
     def constant(self, array: np.ndarray) -> int:
-        """The index of a constant; equal ones are stored once."""
-        return self._once(np.ascontiguousarray(array).tobytes(), self._constants, schema.Buffer)
-
-    @property
-    def shared(self) -> Set[str]:
-        """Keys of what the data file holds."""
-        return self._shared.keys()
-
-    def share(self, array: np.ndarray) -> str:
-        """The key of a constant that operators and delegates both read: only a data file can be read by both."""
+        """The index of a constant; equal ones are one. 0 stands for none."""
         data = np.ascontiguousarray(array).tobytes()
-        key = key_of(data)
-        self._shared[key] = (data, TensorLayout(STORED[array.dtype], list(array.shape), list(range(array.ndim))))
-        return key
+        return self._constants.setdefault(data, len(self._constants) + 1)
 
     def payload(self, data: bytes, named: NamedDataStoreOutput) -> int:
         """The index of a delegate's payload."""
         self._named.merge_named_data_store(named)
-        return self._once(data, self._payloads, schema.BackendDelegateInlineData)
-
-    def _once(self, data: bytes, stored: list, kind: type) -> int:
-        key = kind.__name__.encode() + hashlib.sha256(data).digest()
-        if key not in self._known:
-            stored.append(kind(data))
-            self._known[key] = len(stored) - 1
-        return self._known[key]
+        return self._payloads.setdefault(data, len(self._payloads))
 
     def add(self, method: Method) -> None:
         self._plans.append(method.plan())
@@ -95,25 +72,55 @@ class Program:
         )
 
     def write(self, path: Path) -> None:
-        """Write a .pte file, and beside it a .ptd file when something is shared."""
-        if self._shared:
-            buffers = [data for data, _ in self._shared.values()]
-            layouts = [layout for _, layout in self._shared.values()]
-            entries = [DataEntry(i, SHARED_ALIGNMENT, layout) for i, layout in enumerate(layouts)]
-            payload = DataPayload(buffers, dict(zip(self._shared, entries, strict=True)))
-            with path.with_suffix(".ptd").open("wb") as out:
-                FlatTensorSerializer().serialize(payload).write_to_file(out)
+        """Write a .pte file: the program, then constants, payloads and named data, where equal bytes are stored once.
+
+        So a token table that is also the head is one blob, which an operator reads as a constant and a delegate by key.
+        """
+        blobs = _Blobs()
+        offsets = [0, *(blobs.place(data).offset for data in self._constants)]
+        segments = [schema.DataSegment(0, blobs.size), *(blobs.place(data) for data in self._payloads)]
+        output, named = self._named.get_named_data_store_output(), []
+        for key, entry in output.pte_data.items():
+            named.append(schema.NamedData(key, len(segments)))
+            segments.append(blobs.place(output.buffers[entry.buffer_index]))
         program = schema.Program(
             version=0,
             execution_plan=self._plans,
-            constant_buffer=self._constants,
-            backend_delegate_data=self._payloads,
-            segments=[],
-            constant_segment=schema.SubsegmentOffsets(0, []),
+            constant_buffer=[],
+            backend_delegate_data=[],
+            segments=segments,
+            constant_segment=schema.SubsegmentOffsets(0, offsets),
+            named_data=named,
         )
-        file = PTEFile(program, named_data=self._named.get_named_data_store_output())
+        head = _program_to_flatbuffer(program)
+        length = _aligned(_ExtendedHeader.EXPECTED_LENGTH, head.max_alignment)
+        size = length + len(head.data)
+        header = _ExtendedHeader(size, _aligned(size), blobs.size).to_bytes().ljust(length, b"\0")
         with path.open("wb") as out:
-            serialize_pte_binary(file, extract_delegate_segments=True).write_to_file(out)
+            out.write(
+                _insert_flatbuffer_header(head.data, "ET[0-9a-zA-Z][0-9a-zA-Z]", header).ljust(_aligned(size), b"\0")
+            )
+            blobs.write(out)
+
+
+class _Blobs:
+    """Data one after the other, aligned, equal ones once."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._places: dict[bytes, schema.DataSegment] = {}
+
+    def place(self, data: bytes) -> schema.DataSegment:
+        """Where the data is, from the beginning of all blobs."""
+        if data not in self._places:
+            self._places[data] = schema.DataSegment(self.size, len(data))
+            self.size += _aligned(len(data))
+        return self._places[data]
+
+    def write(self, out: BinaryIO) -> None:
+        for data in self._places:
+            out.write(data)
+            out.write(bytes(_aligned(len(data)) - len(data)))
 
 
 class Method:
@@ -180,15 +187,6 @@ class Method:
         index = self._program.constant(array)
         return self._tensor(STORED[array.dtype], array.shape, dynamic=False, buffer=index)
 
-    def shared(self, array: np.ndarray) -> int:
-        """A constant that delegates read too."""
-        key = self._program.share(array)
-        value = self._tensor(STORED[array.dtype], array.shape, dynamic=False)
-        tensor = self._values[value].val
-        assert isinstance(tensor, schema.Tensor)
-        tensor.extra_tensor_info = schema.ExtraTensorInfo(0, key, schema.TensorDataLocation.EXTERNAL)
-        return value
-
     # ── instructions ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def call(self, operator: str, arguments: Sequence[int]) -> None:
@@ -201,7 +199,7 @@ class Method:
 
     def delegate(self, payload: bytes, named: NamedDataStoreOutput, arguments: Sequence[int]) -> None:
         index = self._program.payload(payload, named)
-        place = schema.BackendDelegateDataReference(schema.DataLocation.INLINE, index)
+        place = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, 1 + index)  # after the constants
         self._delegates.append(schema.BackendDelegate(BACKEND, place, []))
         self._instruct(schema.DelegateCall(len(self._delegates) - 1, list(arguments)), arguments)
 
@@ -254,5 +252,5 @@ class Method:
         tensor.allocation_info = schema.AllocationDetails(ARENA, offset & (2**32 - 1), offset >> 32)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    return -(-size // alignment) * alignment

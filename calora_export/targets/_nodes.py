@@ -33,7 +33,8 @@ class Weight:
         """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers."""
         if self.scale.numel() == 0:
             return 0
-        return 4 if int(self.values.min()) >= -8 and int(self.values.max()) <= 7 else 8
+        integers = self.values.numpy()
+        return 4 if integers.min() >= -8 and integers.max() <= 7 else 8
 
     @property
     def layout(self) -> tuple[int, int, bool]:

@@ -7,7 +7,7 @@ layer of a model. A delegate is a short list of nodes, so this writes the list.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -50,10 +50,9 @@ class Filter:
 
 
 class Subgraph:
-    """Collects the nodes of one delegate; elsewhere are the keys of constants that another file holds."""
+    """Collects the nodes of one delegate."""
 
-    def __init__(self, elsewhere: Set[str] = frozenset()) -> None:
-        self._elsewhere = elsewhere
+    def __init__(self) -> None:
         self._store = NamedDataStore()
         self._inputs: list[int] = []
         self._outputs: list[int] = []
@@ -119,9 +118,8 @@ class Subgraph:
 
     def _keep(self, data: np.ndarray) -> str:
         content = data.tobytes()
-        key = key_of(content)
-        if key not in self._elsewhere:
-            self._store.add_named_data(key, content, ALIGNMENT)
+        key = hashlib.sha256(content).hexdigest()
+        self._store.add_named_data(key, content, ALIGNMENT)
         return key
 
     def _buffer(self, key: str, size: int) -> int:
@@ -224,11 +222,6 @@ class Subgraph:
         shifted = self.add(mean, self.constant(np.full((1,), eps)))
         factor = self.unary(schema.XNNReciprocalSquareRoot, shifted)
         return self.multiply(self.multiply(x, factor), self.constant(weight))
-
-
-def key_of(content: bytes) -> str:
-    """Under which constants are looked up."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def nibbles(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Both read the same constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ LONGEST_TEXT = 4096  # tokens that a router reads at once
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
-    """Write model.pte, and model.ptd for a tied table; return where adapter files hold each slot."""
+    """Write model.pte; return where adapter files hold each slot."""
     longest = min(recipe.chunk, graph.shape.context)
     tensors = slot_tensors(graph)
     width = sum(tensor.inputs + tensor.outputs for tensor in tensors)
@@ -94,8 +94,7 @@ def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequ
     method.call("aten::_local_scalar_dense", [start, position])
     method.call("aten::sym_size.int", [tokens, method.number(1), length])
     method.call("executorch_prim::add.Scalar", [position, length, end])
-    tied = {name: method.shared(array) for name, array in plan.tied.items()}
-    named = tied | {name: method.constant(array) for name, array in plan.constants.items()}
+    named = {name: method.constant(array) for name, array in plan.constants.items()}
     named |= {name: method.state(shape) for name, shape in plan.caches.items()}
     frame = Frame(method, tokens, position, end, rows, named)
     values: dict[int, int] = {}
@@ -108,7 +107,7 @@ def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequ
                 values[step.output.number] = values[step.in_place.number]
             step.call(frame, [values[ref.number] for ref in step.inputs], values[step.output.number])
         if level.inside:
-            payload, constants = _delegate(level, program.shared).serialize()
+            payload, constants = _delegate(level).serialize()
             method.delegate(payload, constants, [values[ref.number] for ref in (*level.inputs, *level.outputs)])
     method.output(values[plan.logits.number])
     return method
@@ -142,8 +141,8 @@ def _levels(plan: Plan) -> list[_Level]:
     return found
 
 
-def _delegate(level: _Level, elsewhere: Set[str]) -> Subgraph:
-    graph = Subgraph(elsewhere)
+def _delegate(level: _Level) -> Subgraph:
+    graph = Subgraph()
     values = {ref.number: graph.input(ref.shape) for ref in level.inputs}
     for step in level.inside:
         values[step.output.number] = step.emit(graph, [values[ref.number] for ref in step.inputs])

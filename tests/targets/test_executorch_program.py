@@ -190,7 +190,7 @@ def test_other_constants_are_not_mixed_up(tmp_path: Path) -> None:
         assert loaded(path, f"plus_{i}").execute([torch.zeros(1, SIZE)])[0].tolist() == [[float(i)] * SIZE]
 
 
-def test_what_an_operator_and_a_delegate_both_read_is_in_one_data_file(tmp_path: Path) -> None:
+def test_what_an_operator_and_a_delegate_both_read_is_stored_once(tmp_path: Path) -> None:
     """Rows of a table, times the same table: tied embeddings."""
     table = np.random.default_rng(1).random((5, SIZE), np.float32)
     program = Program()
@@ -198,26 +198,17 @@ def test_what_an_operator_and_a_delegate_both_read_is_in_one_data_file(tmp_path:
     ids = method.input("int64", [1, SIZE], dynamic=True)
     rows, out = (method.tensor("fp32", [1, SIZE, width], dynamic=True) for width in (SIZE, 5))
     options = (method.number(-1), method.number(False), method.number(False))
-    method.call(EMBEDDING, [method.shared(table), ids, *options, rows, rows])
-    graph = Subgraph(program.shared)
+    method.call(EMBEDDING, [method.constant(table), ids, *options, rows, rows])
+    graph = Subgraph()
     graph.output(graph.linear(graph.input((1, 0, SIZE)), Filter(table, None, 32, None)))
     method.delegate(*graph.serialize(), [rows, out])
     method.output(out)
     path = write(tmp_path / "model.pte", method, program=program)
-    assert path.read_bytes().count(table.tobytes()) == 0
-    assert path.with_suffix(".ptd").read_bytes().count(table.tobytes()) == 1
+    assert path.read_bytes().count(table.tobytes()) == 1
     weight = torch.from_numpy(table)
     for tokens in ([3], [0, 4, 1]):
         (made,) = loaded(path).execute([torch.tensor([tokens])])
         torch.testing.assert_close(made, (weight[tokens] @ weight.T)[None])
-
-
-def test_without_shared_constants_there_is_no_data_file(tmp_path: Path) -> None:
-    program = Program()
-    write(
-        tmp_path / "model.pte", plus(program, "forward", np.ones((1, SIZE), np.float32), np.eye(SIZE)), program=program
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pte"]
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
