@@ -35,16 +35,16 @@ SYSTEMS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the peak of a process that has opened a package and done nothing, and what it can not do without."""
+    """Bytes: the peak of a process that has only opened a package, the model's files, the KV cache when it is full."""
 
     peak_at_load: int
     model: int
     kv_cache: int
 
     @property
-    def of_model(self) -> float:
-        """The peak without the KV cache, over the size of the model's files."""
-        return (self.peak_at_load - self.kv_cache) / self.model
+    def of_allowance(self) -> float:
+        """The peak over 1.3 times the model's files and a full KV cache."""
+        return self.peak_at_load / (1.3 * self.model + self.kv_cache)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def executorch_goals(results: Results) -> list[Goal]:
     full = UPSTREAM in results.exports
     lowering = results.export_time(NATIVE, UPSTREAM if full else UPSTREAM_FEW)
     upstream = "transformers'" if full else "transformers' (extrapolated)"
-    memory = spread([results.memory.of_model]) if results.memory else None
+    memory = spread([results.memory.of_allowance]) if results.memory else None
     return [
         Goal(f"export time, of {upstream}", 1 / 3, False, lowering),
         Goal("decode, base, of llama.cpp's", 1.5, True, results.decode(NATIVE, LLAMA)),
@@ -160,5 +160,5 @@ def executorch_goals(results: Results) -> list[Goal]:
         Goal("prefill, base, of llama.cpp's", 1.0, True, results.prefill(NATIVE, LLAMA)),
         Goal("prefill, adapter, of llama.cpp's", 1.0, True, results.prefill(NATIVE_ADAPTER, LLAMA_ADAPTER)),
         Goal("swap, p50", 2.0, False, None if swap is None else spread([swap]), " ms"),
-        Goal("peak RSS at load without the KV cache, of the model's files", 1.3, False, memory),
+        Goal("peak RSS at load, of 1.3 × the model's files + the KV cache", 1.0, False, memory),
     ]

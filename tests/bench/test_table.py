@@ -61,7 +61,7 @@ RESULTS = Results(
     },
     swap_ms={OURS_ADAPTER: 0.25, NATIVE_ADAPTER: 2.5},
     model_bytes={NATIVE: 100_000_000},
-    memory=Memory(peak_at_load=200_000_000, model=100_000_000, kv_cache=80_000_000),
+    memory=Memory(peak_at_load=250_000_000, model=100_000_000, kv_cache=70_000_000),
     add_adapter=[Run(2.5, 1, 1)],
     changed_files=["model.onnx.data"],
 )
@@ -98,7 +98,7 @@ def test_each_goal_of_executorch_from_given_figures() -> None:
         "prefill, base, of llama.cpp's": (1.25, "reached"),
         "prefill, adapter, of llama.cpp's": (0.8, "missed"),
         "swap, p50": (2.5, "missed"),
-        "peak RSS at load without the KV cache, of the model's files": (1.2, "reached"),
+        "peak RSS at load, of 1.3 × the model's files + the KV cache": (1.25, "missed"),
     }
 
 
@@ -142,7 +142,8 @@ def test_a_disturbed_round_is_repeated() -> None:
     # Two rows that are measured together: what disturbs one of them disturbs both.
     answers = [tuple(Round(prefill, others, (0.1,)) for others in pair) for prefill, pair in enumerate(OTHERS)]
     assert quietest(iter(answers).__next__, deadline=math.inf) == answers[2]
-    assert quietest(iter(answers[:1] * TRIES).__next__, deadline=math.inf)[1].others == 0.5  # it gives up
+    disturbed = [answers[0], answers[1], *[answers[0]] * (TRIES - 2)]
+    assert quietest(iter(disturbed).__next__, deadline=math.inf) == answers[1]  # it gives up
     assert quietest(iter(answers).__next__, deadline=0.0) == answers[0]  # or has no time
 
 
