@@ -64,7 +64,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of a mix. logits: of the `last` position or `all` of them. activations: what a packed base reads, `float` as it is,
     or rounded to int8 inside the kernel per block of the weight's group size or per token (`ops.round_activations`).
     adapters: the dtype of adapter files. adapter_inputs: `optional` where the runtime has an adapter API, `required`
-    where it has none (browsers).
+    where it has none (browsers). kernels: what attention and slots run on in an ExecuTorch app, `llm`: operators of its
+    LLM framework and calora::slot; `portable`: those of the plain SDK.
     """
 
     target: str
@@ -78,6 +79,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activations: Activations = "float"
     adapters: Literal["fp32", "fp16"] = "fp32"
     adapter_inputs: Literal["optional", "required"] = "optional"
+    kernels: Literal["llm", "portable"] = "llm"
 
     def rule(self, module: str) -> Rule:
         """The first rule that matches, or an error that names the module."""

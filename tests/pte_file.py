@@ -12,6 +12,7 @@ from executorch.exir import schema
 from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
 from torch import Tensor
 
+from calora_export import package as packages
 from calora_export.runtimes import executorch as runtime
 
 DELEGATE = "delegate"
@@ -52,7 +53,7 @@ class PteFile:
         """The method in the Python runtime, with the operators that it lacks."""
         from executorch.runtime import Runtime
 
-        runtime.prepare()
+        runtime.prepare(packages.load(self.package))
         data = self.path.with_suffix(".ptd")
         program = Runtime.get().load_program(self.path, data_path=data if data.is_file() else None)
         return program.load_method(method).execute

@@ -412,7 +412,7 @@ def _manifest(package: Path) -> dict[str, Any]:
         "schema_version": 1,
         "target": "executorch",
         "base_fingerprint": FINGERPRINT,
-        "settings": {"rank_budget": 8, "chunk": CHUNK},
+        "settings": {"rank_budget": 8, "chunk": CHUNK, "kernels": "llm"},
         "model": {"file": "model.pte", "vocab": VOCAB, "context": TOY_CONTEXT, "logits": "last", "eos": [END]},
         "slots": {"dtype": "fp16", "tensors": [slot]},
         "adapters": [{"id": name, "file": f"{name}.safetensors"} for name in RANKS],

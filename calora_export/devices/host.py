@@ -80,7 +80,7 @@ def main(package_path: str, directory: str) -> int:
 def answer(package: Package, job: Job) -> Trace:
     """Run a job in this process."""
     runtime = runtimes.load(package.manifest.target)
-    runtime.prepare()
+    runtime.prepare(package)
     start = time.perf_counter()
     session = runtime.open_session(package, job.threads)
     load = _milliseconds(start)

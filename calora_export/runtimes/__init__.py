@@ -1,6 +1,6 @@
 """How a package is opened where this process runs: one module per target, found by its file name.
 
-prepare() -> None                                           brings in the libraries
+prepare(package) -> None                                    brings in the libraries
 open_session(package, threads) -> Session
 encode_adapter(adapter, slots, fingerprint, path) -> None
 """
@@ -55,8 +55,8 @@ class Session(Protocol):
 class Runtime(Protocol):
     """What every module in this package offers."""
 
-    def prepare(self) -> None:
-        """Bring in what the runtime needs of this machine, so that it does not count as time to load a package."""
+    def prepare(self, package: Package) -> None:
+        """Bring in what a package needs of this machine, so that it does not count as time to load a package."""
         ...
 
     def open_session(self, package: Package, threads: int) -> Session: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,15 @@ STORED = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 METHOD = "adapted"
 
 
-def prepare() -> None:
+def prepare(package: Package) -> None:
     """Register the operators that the runtime does not bring along; calora::slot is built on first use."""
+    with quiet.libraries():
+        import executorch.kernels.quantized
+        import executorch.runtime  # noqa: F401
+    if package.manifest.settings.kernels == "portable":
+        return
     kernels = native.kernels()
     with quiet.libraries():
-        import executorch.kernels.quantized  # noqa: F401
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
         ctypes.CDLL(str(kernels), mode=ctypes.RTLD_GLOBAL)
@@ -75,7 +80,7 @@ def _shapes(slots: Slots, rank: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the program takes after its tokens: rows [R · width], gate fp32 [R], recovery fp32 [R]."""
+    """An adapter or a mix: rows [R · width], gate fp32 [R], recovery fp32 [R]."""
 
     rows: Tensor
     gate: Tensor
@@ -92,6 +97,19 @@ def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
     joined = [torch.cat(alike).flatten() for alike in zip(*matrices, strict=True)]
     rows = torch.cat([none.to(DTYPES[slots.dtype]), *joined])
     return Rows(rows, gate, torch.cat([none, *(rows.recovery for rows, _ in parts)]))
+
+
+def adapter_inputs(rows: Rows, slots: Slots, kernels: str) -> list[Tensor]:
+    """What the program takes of them: rows as a whole; or, to be multiplied where they are, every group's down
+    [parts · R, in] and every site's up [1, R, out]."""
+    if kernels == "llm":
+        return [rows.rows, rows.gate, rows.recovery]
+    rank = len(rows.gate)
+    shapes: list[tuple[int, ...]] = []
+    for group in _groups(slots):
+        shapes += [(len(group) * rank, group[0].inputs), *((1, rank, slot.outputs) for slot in group)]
+    parts = rows.rows.split([math.prod(shape) for shape in shapes])
+    return [*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), rows.gate, rows.recovery]
 
 
 def _matrices(rows: Rows, slots: Slots) -> list[Tensor]:
@@ -123,7 +141,7 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
 
 def open_session(package: Package, threads: int) -> ExecutorchSession:
     """The runtime has a thread pool of its own, as large as the machine, whatever `threads` allows."""
-    prepare()
+    prepare(package)
     return ExecutorchSession(package)
 
 
@@ -151,7 +169,7 @@ class ExecutorchSession:
             hint = "export with a higher one"
             expected = f"at least {len(rows.gate)}"
             raise PackageError(mismatch("package.json", "settings.rank_budget", expected, budget, hint))
-        self._adapter_inputs = [rows.rows, rows.gate, rows.recovery]
+        self._adapter_inputs = adapter_inputs(rows, self._manifest.slots, self._manifest.settings.kernels)
         self._mix = dict(mix)
         if not keep_cache:
             self.forget()

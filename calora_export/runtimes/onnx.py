@@ -20,7 +20,7 @@ DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
 
 
-def prepare() -> None:
+def prepare(package: Package) -> None:
     """Nothing: importing this module has brought in the library."""
 
 

@@ -21,7 +21,7 @@ from calora_export.runtimes import Mix
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
-def prepare() -> None:
+def prepare(package: Package) -> None:
     """Nothing: importing this module has brought in the library."""
 
 

@@ -1,8 +1,7 @@
 """What of a model runs inside XNNPACK delegates and what between them.
 
-Attention, slots and tables are operators of their own; everything else is XNNPACK's. An operator's level is the number
-of outside operators on the longest way to it, so that all XNNPACK nodes of one level are one delegate: without slots,
-30 layers become 31 delegates.
+Tables, and what a kind of operators says of attention and slots, are operators of their own; everything else is
+XNNPACK's.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
@@ -20,56 +19,18 @@ from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
 from calora_export.package import SlotTensor
 from calora_export.targets import _nodes
-from calora_export.targets._executorch_program import Method
+from calora_export.targets._executorch_steps import (
+    Attention,
+    Frame,
+    Inside,
+    Kind,
+    Outside,
+    Ref,
+    Steps,
+    call_slice,
+)
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.targets._xnnpack import SEQUENCE, Filter, Shape, Subgraph, Value, nibbles
-
-Emit = Callable[[Subgraph, Sequence[Value]], Value]
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A tensor of the program. level: of the delegate that computes it, or of the first that can read it."""
-
-    number: int
-    shape: Shape
-    level: int
-    inside: bool
-
-
-@dataclass(frozen=True)
-class Inside:
-    """A node of the delegate of its output's level."""
-
-    emit: Emit
-    inputs: tuple[Ref, ...]
-    output: Ref
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A method that is being written, and the numbers of what outside operators read. position: how many positions are
-    cached; end: how many will be; constants and caches by their names."""
-
-    method: Method
-    tokens: int
-    position: int
-    end: int
-    adapter: tuple[int, ...]
-    named: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Outside:
-    """An operator between delegates: call(frame, inputs, output) writes its instructions.
-
-    in_place is the input that the output takes the memory of.
-    """
-
-    call: Callable[[Frame, Sequence[int], int], None]
-    inputs: tuple[Ref, ...]
-    output: Ref
-    in_place: Ref | None = None
 
 
 @dataclass(frozen=True)
@@ -95,25 +56,18 @@ def slot_tensors(graph: Graph) -> tuple[SlotTensor, ...]:
     return tuple(tensors)
 
 
-def plan(graph: Graph, *, slots: bool) -> Plan:
+def plan(graph: Graph, kind: Kind, *, slots: bool) -> Plan:
     """Walk the graph; slots says whether the method takes adapters."""
-    return _Walk(graph, slots).run()
+    return _Walk(graph, kind, slots).run()
 
 
-@dataclass
 class _Walk:
-    graph: Graph
-    slots: bool
-    steps: list[Inside | Outside] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    caches: dict[str, Shape] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.roles = self.graph.roles()
+    def __init__(self, graph: Graph, kind: Kind, slots: bool) -> None:
+        self.graph, self.slots = graph, slots
+        self.steps = Steps()
+        self.operators = kind.Operators(self.steps)
+        self.roles = graph.roles()
         self.values: dict[tuple[Node, int], Ref] = {}
-        self.count = 0
-        self.offset = 0
-        self.layer = 0
         self.rope: dict[str, Ref] = {}
 
     def run(self) -> Plan:
@@ -121,11 +75,12 @@ class _Walk:
         needed = _nodes.live(outputs[:1], self._operands)
         nodes = [node for node in _nodes.calls(self.graph) if node in needed]
         for node in nodes:
-            self._require_full_attention(node)
+            if node.target is CALORA.attention.default:
+                self.operators.require(self._attention(node))
         for node in nodes:
             self._lower(node)
-        logits = self.value(outputs[0])
-        return Plan(_reachable(self.steps, logits), self.constants, self.caches, logits)
+        steps, logits = self.steps, self.value(outputs[0])
+        return Plan(_reachable(steps.found, logits), steps.constants, steps.caches, logits)
 
     def _operands(self, node: Node) -> Sequence[Node]:
         if node.target is CALORA.attention.default:
@@ -149,80 +104,34 @@ class _Walk:
         node = _nodes.node(arg)
         return self.values[_nodes.member(node) if node.target is operator.getitem else (node, 0)]
 
-    def _inside(self, emit: Emit, inputs: Sequence[Ref], shape: Shape) -> Ref:
-        output = self._ref(shape, max(ref.level for ref in inputs), inside=True)
-        self.steps.append(Inside(emit, tuple(inputs), output))
-        return output
-
-    def _outside(
-        self,
-        call: Callable[[Frame, Sequence[int], int], None],
-        inputs: Sequence[Ref],
-        shape: Shape,
-        in_place: Ref | None = None,
-    ) -> Ref:
-        level = max((ref.level + ref.inside for ref in inputs), default=0)
-        output = self._ref(shape, level, inside=False)
-        self.steps.append(Outside(call, tuple(inputs), output, in_place))
-        return output
-
-    def _ref(self, shape: Shape, level: int, *, inside: bool) -> Ref:
-        self.count += 1
-        return Ref(self.count, shape, level, inside)
-
-    def _unary(self, node: type[schema.XNNNode1x1], x: Ref) -> Ref:
-        return self._inside(lambda graph, values: graph.unary(node, values[0]), [x], x.shape)
-
-    def _reshape(self, x: Ref, shape: Shape) -> Ref:
-        if shape == x.shape:
-            return x
-        return self._inside(lambda graph, values: graph.reshape(values[0], shape), [x], shape)
-
-    def _slice(self, x: Ref, start: int, size: int) -> Ref:
-        shape = (*x.shape[:-1], size)
-        if shape == x.shape:
-            return x
-        return self._inside(lambda graph, values: graph.slice(values[0], start, size), [x], shape)
-
     # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
 
     def lower_linears(self, node: Node) -> None:
-        """All members side by side in one tensor, which the group's slot adds to; then each member's columns."""
+        """All members side by side in one tensor; then each member's columns with its slot."""
         x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
-        rows = [len(weight.values) for weight in weights]
+        widths = [len(weight.values) for weight in weights]
         alike = len({weight.layout for weight in weights}) == 1
         filters = [_stacked(weights)] if alike else [_stacked([weight]) for weight in weights]
-        y = self._inside(
+        y = self.steps.inside(
             lambda graph, values: graph.concatenate([graph.linear(values[0], held) for held in filters]),
             [x],
-            (*x.shape[:-1], sum(rows)),
+            (*x.shape[:-1], sum(widths)),
         )
-        starts = [sum(rows[:i]) for i in range(len(rows))]
-        members = _nodes.slot_sites(self.roles, node) if self.slots else []
+        members = [i for i, _ in _nodes.slot_sites(self.roles, node)] if self.slots else []
         if members:
-            y = self._slot(x, y, [starts[i] for i, _ in members], [rows[i] for i, _ in members])
-        for i, start in enumerate(starts):
-            self.values[node, i] = self._slice(y, start, rows[i])
-
-    def _slot(self, x: Ref, y: Ref, columns: list[int], outs: list[int]) -> Ref:
-        offset = self.offset
-        self.offset += len(outs) * x.shape[-1] + sum(outs)
-
-        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
-            method = frame.method
-            layout = (method.number(offset), method.numbers(columns), method.numbers(outs))
-            method.call("calora::slot.out", [*inputs, *frame.adapter, *layout, output, output])
-
-        return self._outside(call, [x, y], y.shape, in_place=y)
+            outputs = self.operators.slotted(x, y, widths, members)
+        else:
+            outputs = [self.steps.slice(y, sum(widths[:i]), width) for i, width in enumerate(widths)]
+        self.values.update({(node, i): output for i, output in enumerate(outputs)})
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
     def lower_embedding(self, node: Node) -> None:
         weight, scale = (self.graph.tensors[self._role(arg)] for arg in node.args[1:])
         held = Weight("", weight, scale, scale.new_zeros(0))
-        self.constants["table"] = _table(held)
+        self.steps.constants["table"] = _table(held)
         if held.bits:  # always fp32: the operators take the scales to be of the type of their output
-            self.constants["table_scale"] = scale.numpy()
+            self.steps.constants["table_scale"] = scale.numpy()
         bits, shape = held.bits, (1, SEQUENCE, weight.shape[1])
 
         def call(frame: Frame, _: Sequence[int], output: int) -> None:
@@ -236,13 +145,13 @@ class _Walk:
             arguments = [table, frame.named["table_scale"], *limits, frame.tokens, output, output]
             method.call(f"quantized_decomposed::{operator}.out", arguments)
 
-        rows = self._outside(call, [], shape)
-        self.values[node, 0] = self._inside(_swapped, [rows], shape) if bits == 4 else rows
+        rows = self.steps.outside(call, [], shape)
+        self.values[node, 0] = self.steps.inside(_swapped, [rows], shape) if bits == 4 else rows
 
     def lower_rms_norm(self, node: Node) -> None:
         x, weight, eps = self.value(node.args[0]), self.graph.tensors[self._role(node.args[1])], node.args[2]
         array = weight.numpy()
-        self.values[node, 0] = self._inside(
+        self.values[node, 0] = self.steps.inside(
             lambda graph, values: graph.rms_norm(values[0], array, float(eps)),  # type: ignore[arg-type]
             [x],
             x.shape,
@@ -251,58 +160,40 @@ class _Walk:
     def _role(self, arg: object) -> str:
         return self.roles[_nodes.node(arg).name]
 
-    def _require_full_attention(self, node: Node) -> None:
-        """Before anything is lowered: it says more than the operators that come with other attention."""
-        window, softcap = node.args[8:10] if node.target is CALORA.attention.default else (0, 0.0)
-        if (window and _nodes.integer(window) < self.graph.shape.context) or softcap:
-            expected = "full attention without a cap, which is what llama::custom_sdpa computes"
-            found = f"sliding_window {window}, softcap {softcap}"
-            raise UnsupportedError(mismatch("base/config.json", "attention", expected, found))
+    def _attention(self, node: Node) -> Attention:
+        shape, (scale, window, softcap) = self.graph.shape, node.args[7:10]
+        sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.context)
+        return Attention(*sizes, float(scale), _nodes.integer(window), float(softcap))  # type: ignore[arg-type]
 
     def lower_attention(self, node: Node) -> None:
-        cos, sin, scale = node.args[5:8]
-        shape = self.graph.shape
+        (cos, sin), attention = node.args[5:7], self._attention(node)
         q, k, v = (
             self._per_head(arg, heads)
-            for arg, heads in zip(node.args[:3], (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
+            for arg, heads in zip(node.args[:3], (attention.heads, attention.kv_heads, attention.kv_heads), strict=True)
         )
         if _nodes.node(cos).meta["val"].numel():
             table = self._rope_rows(cos, sin)
             q, k = self._rotate(q, table), self._rotate(k, table)
-        layer, size = self.layer, (1, shape.context, shape.kv_heads, shape.head_dim)
-        self.layer += 1
-        self.caches.update({f"key_{layer}": size, f"value_{layer}": size})
-
-        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
-            method, (q, k, v) = frame.method, inputs
-            key, value = frame.named[f"key_{layer}"], frame.named[f"value_{layer}"]
-            for new, cache in ((k, key), (v, value)):
-                unused = method.tensor("fp32", [1], dynamic=False)
-                method.call("llama::update_cache.out", [new, cache, frame.position, unused, unused])
-            options = [method.number(option) for option in (None, 0.0, True, float(scale))]  # type: ignore[arg-type]
-            method.call("llama::custom_sdpa.out", [q, key, value, frame.position, *options, output, output])
-
-        out = self._outside(call, [q, k, v], (1, SEQUENCE, shape.heads, shape.head_dim))
-        self.values[node, 0] = self._reshape(out, (1, SEQUENCE, shape.heads * shape.head_dim))
+        self.values[node, 0] = self.operators.attention(q, k, v, attention)
 
     def _per_head(self, arg: object, heads: int) -> Ref:
         """[1, S, H, D] from what attention gets as [1, H, S, D], without moving it there and back."""
         source, _ = _nodes.heads(arg)
         if source is arg:
             raise UnsupportedError(mismatch("executorch", "attention", "heads that were transposed to", str(source)))
-        return self._reshape(self.value(source), (1, SEQUENCE, heads, self.graph.shape.head_dim))
+        return self.steps.reshape(self.value(source), (1, SEQUENCE, heads, self.graph.shape.head_dim))
 
     def _rope_rows(self, cos: object, sin: object) -> Ref:
         """Cosines, then sines, of the positions of this call: [1, S, 1, 2 · half]."""
         name = f"rope.{_nodes.short(self._role(cos))}".replace(".", "_")
         if name not in self.rope:
             table = np.concatenate([self.graph.tensors[self._role(part)].numpy() for part in (cos, sin)], axis=-1)
-            self.constants[name] = table[None, :, None]
+            self.steps.constants[name] = table[None, :, None]
 
             def call(frame: Frame, _: Sequence[int], output: int) -> None:
-                _slice(frame.method, frame.named[name], frame.position, frame.end, output)
+                call_slice(frame.method, frame.named[name], 1, frame.position, frame.end, output)
 
-            self.rope[name] = self._outside(call, [], (1, SEQUENCE, 1, table.shape[1]))
+            self.rope[name] = self.steps.outside(call, [], (1, SEQUENCE, 1, table.shape[1]))
         return self.rope[name]
 
     def _rotate(self, x: Ref, table: Ref) -> Ref:
@@ -318,7 +209,7 @@ class _Walk:
             rest = [graph.slice(x, 2 * half, width - 2 * half)] if width > 2 * half else []
             return graph.concatenate([first, second, *rest])
 
-        return self._inside(emit, [x, table], x.shape)
+        return self.steps.inside(emit, [x, table], x.shape)
 
     # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -330,7 +221,7 @@ class _Walk:
             a, b = (next(computed) if isinstance(side, Ref) else graph.constant(side) for side in sides)
             return graph.binary(kind, a, b)
 
-        self.values[node, 0] = self._inside(emit, [side for side in sides if isinstance(side, Ref)], _shape(node))
+        self.values[node, 0] = self.steps.inside(emit, [side for side in sides if isinstance(side, Ref)], _shape(node))
 
     def _side(self, arg: object) -> Ref | np.ndarray:
         """An operand: computed, a tensor that the model holds, or a number."""
@@ -344,12 +235,12 @@ class _Walk:
         def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
             return graph.multiply(values[0], graph.unary(schema.XNNSigmoid, values[0]))
 
-        self.values[node, 0] = self._inside(emit, [x], x.shape)
+        self.values[node, 0] = self.steps.inside(emit, [x], x.shape)
 
     def lower_gelu(self, node: Node) -> None:
         x = self.value(node.args[0])
         if node.kwargs.get("approximate", "none") == "none":
-            self.values[node, 0] = self._unary(schema.XNNGelu, x)
+            self.values[node, 0] = self.steps.unary(schema.XNNGelu, x)
             return
 
         def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
@@ -363,35 +254,35 @@ class _Walk:
             half = graph.multiply(x, graph.constant(np.array([0.5])))
             return graph.multiply(half, graph.add(bent, graph.constant(np.array([1.0]))))
 
-        self.values[node, 0] = self._inside(emit, [x], x.shape)
+        self.values[node, 0] = self.steps.inside(emit, [x], x.shape)
 
     def lower_tanh(self, node: Node) -> None:
-        self.values[node, 0] = self._unary(schema.XNNTanh, self.value(node.args[0]))
+        self.values[node, 0] = self.steps.unary(schema.XNNTanh, self.value(node.args[0]))
 
     def lower_view(self, node: Node) -> None:
-        self.values[node, 0] = self._reshape(self.value(_nodes.viewed(node)), _shape(node))
+        self.values[node, 0] = self.steps.reshape(self.value(_nodes.viewed(node)), _shape(node))
 
     def lower_slice(self, node: Node) -> None:
         x, axis = self.value(node.args[0]), _nodes.integer(node.args[1])
         start = _nodes.integer(node.args[2]) if len(node.args) > 2 else 0
         shape = _shape(node)
         if axis % len(shape) == len(shape) - 1:
-            self.values[node, 0] = self._slice(x, start % x.shape[-1], shape[-1])
+            self.values[node, 0] = self.steps.slice(x, start % x.shape[-1], shape[-1])
             return
         if shape[axis] != 1 or start != -1:
             raise UnsupportedError(mismatch("executorch", "slice", "of features, or of the last position", str(node)))
 
         def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
             number = frame.method.number
-            _slice(frame.method, inputs[0], number(-1), number(2**63 - 1), output)
+            call_slice(frame.method, inputs[0], 1, number(-1), number(2**63 - 1), output)
 
-        self.values[node, 0] = self._outside(call, [x], shape)
+        self.values[node, 0] = self.steps.outside(call, [x], shape)
 
     def lower_chunk(self, node: Node) -> None:
         x, count = self.value(node.args[0]), _nodes.integer(node.args[1])
         size = x.shape[-1] // count
         for i in range(count):
-            self.values[node, i] = self._slice(x, i * size, size)
+            self.values[node, i] = self.steps.slice(x, i * size, size)
 
     def lower_getitem(self, node: Node) -> None:
         """Members are looked up where they are read."""
@@ -408,12 +299,6 @@ def _swapped(graph: Subgraph, values: Sequence[Value]) -> Value:
     x = values[0]
     pairs = graph.reshape(x, (*x.shape[:-1], x.shape[-1] // 2, 2))
     return graph.reshape(graph.concatenate([graph.slice(pairs, 1, 1), graph.slice(pairs, 0, 1)]), x.shape)
-
-
-def _slice(method: Method, x: int, start: int, end: int, output: int) -> None:
-    """Positions [start, end) of x [1, positions, ...]."""
-    one = method.number(1)
-    method.call("aten::slice_copy.Tensor_out", [x, one, start, end, one, output, output])
 
 
 def _stacked(weights: Sequence[Weight]) -> Filter:

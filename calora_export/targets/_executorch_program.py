@@ -23,7 +23,12 @@ from calora_export.targets._xnnpack import BACKEND
 
 ALIGNMENT = 64  # of stored and planned tensors, in bytes
 ARENA = 1  # the memory that a runtime gives a method
-TYPES = {"fp32": (ScalarType.FLOAT, 4), "fp16": (ScalarType.HALF, 2), "int64": (ScalarType.LONG, 8)}
+TYPES = {
+    "fp32": (ScalarType.FLOAT, 4),
+    "fp16": (ScalarType.HALF, 2),
+    "int64": (ScalarType.LONG, 8),
+    "bool": (ScalarType.BOOL, 1),
+}
 STORED = {
     np.dtype(np.float32): ScalarType.FLOAT,
     np.dtype(np.int8): ScalarType.CHAR,
@@ -137,6 +142,8 @@ class Method:
         self._sizes: dict[int, int] = {}
         self._lives: dict[int, list[int]] = {}
         self._kept: dict[int, int] = {}
+        self._viewed: dict[int, int] = {}
+        self._listed: dict[int, list[int]] = {}
         self._known: dict[object, int] = {}
 
     # ── values ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,14 +154,38 @@ class Method:
 
     def number(self, value: int | float | bool | None) -> int:
         """A constant argument."""
-        key = (type(value), value)
+        kinds = {bool: schema.Bool, int: schema.Int, float: schema.Double}
+        return self._once((type(value), value), schema.Null() if value is None else kinds[type(value)](value))
+
+    def _once(self, key: object, value: schema.KernelTypes) -> int:
         if key not in self._known:
-            kinds = {bool: schema.Bool, int: schema.Int, float: schema.Double}
-            self._known[key] = self._value(schema.Null() if value is None else kinds[type(value)](value))
+            self._known[key] = self._value(value)
         return self._known[key]
 
+    def text(self, value: str) -> int:
+        return self._once(value, schema.String(value))
+
     def numbers(self, values: Sequence[int]) -> int:
-        return self._value(schema.IntList([self.number(value) for value in values]))
+        return self.sizes([self.number(value) for value in values])
+
+    def sizes(self, values: Sequence[int]) -> int:
+        """A list of integers, constant and computed, by their numbers."""
+        return self._once(("sizes", *values), schema.IntList(list(values)))
+
+    def tensors(self, values: Sequence[int | None]) -> int:
+        """A list of tensors that may be none."""
+        found = [-1 if value is None else value for value in values]
+        number = self._once(("tensors", *found), schema.OptionalTensorList(found))
+        self._listed[number] = found
+        return number
+
+    def computed(self, operator: str, *arguments: int) -> int:
+        """The number of the integer that an operator makes of these; computed where it is first asked for."""
+        key = (operator, *arguments)
+        if key not in self._known:
+            self._known[key] = self.result()
+            self.call(operator, [*arguments, self._known[key]])
+        return self._known[key]
 
     def result(self) -> int:
         """An integer that an instruction computes."""
@@ -197,6 +228,12 @@ class Method:
             self._operators.append(found)
         self._instruct(schema.KernelCall(self._operators.index(found), list(arguments)), arguments)
 
+    def view(self, x: int, sizes: Sequence[int], view: int) -> None:
+        """Let a tensor be x with other sizes: it has the place of x, which lives as long as either is used."""
+        self._sizes.pop(view)
+        self._viewed[view] = self._viewed.get(x, x)
+        self.call("executorch_prim::et_view.default", [x, self.sizes(sizes), view])
+
     def delegate(self, payload: bytes, named: NamedDataStoreOutput, arguments: Sequence[int]) -> None:
         index = self._program.payload(payload, named)
         place = schema.BackendDelegateDataReference(schema.DataLocation.SEGMENT, 1 + index)  # after the constants
@@ -205,13 +242,18 @@ class Method:
 
     def _instruct(self, call: schema.KernelCall | schema.DelegateCall, arguments: Sequence[int]) -> None:
         for value in arguments:
-            if value in self._sizes:
-                self._lives.setdefault(value, []).append(len(self._instructions))
+            self._use(value)
         self._instructions.append(schema.Instruction(call))
+
+    def _use(self, value: int) -> None:
+        for member in self._listed.get(value, [value]):
+            place = self._viewed.get(member, member)
+            if place in self._sizes:
+                self._lives.setdefault(place, []).append(len(self._instructions))
 
     def output(self, value: int) -> None:
         self._outputs.append(value)
-        self._lives.setdefault(value, []).append(len(self._instructions))
+        self._use(value)
 
     def plan(self) -> schema.ExecutionPlan:
         size = self._place()

@@ -21,8 +21,8 @@ ALIGNMENT = 16  # of constants, in bytes, as the backend's own serialiser has it
 ELSEWHERE = 2**64 - 1  # the offset of a constant that is looked up by its key
 NONE = 2**32 - 1  # XNN_INVALID_VALUE_ID
 INPUT, OUTPUT = 1, 2  # XNN_VALUE_FLAG_EXTERNAL_INPUT and _OUTPUT
-SEQUENCE = 0
-"""In a shape: the dimension that varies, of which a shape has at most one."""
+SEQUENCE, END = 0, -1
+"""In a shape: the dimensions that vary, how many positions are new and how many will be cached."""
 
 Shape = tuple[int, ...]
 Kind = schema.XNNDatatype
@@ -30,7 +30,7 @@ Kind = schema.XNNDatatype
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of a subgraph; shape in elements, SEQUENCE for the one that varies."""
+    """A tensor of a subgraph; shape in elements, SEQUENCE and END for what varies."""
 
     number: int
     shape: Shape
@@ -106,7 +106,7 @@ class Subgraph:
         quant: schema.XNNQuantParams | None = None,
     ) -> Value:
         number = len(self._values)
-        dims = [size or 1 for size in shape]  # for one position: memory for more is found when there are more
+        dims = [max(size, 1) for size in shape]  # for one position: memory for more is found when there are more
         tensor = schema.XNNTensorValue(kind, len(dims), dims, buffer, NONE, 0, number)
         self._tensors.append(tensor)
         self._values.append(schema.XValue(schema.XNNQuantizedTensorValue(tensor, quant) if quant else tensor))
@@ -187,10 +187,17 @@ class Subgraph:
         return y
 
     def reshape(self, x: Value, shape: Shape) -> Value:
+        """shape may have SEQUENCE, not END: XNNPACK finds out one dimension."""
         if shape == x.shape:
             return x
         y = self._value(shape)
         self._node(schema.XNNStaticReshape(len(shape), list(shape), x.number, y.number, 0))
+        return y
+
+    def transpose(self, x: Value, order: Sequence[int]) -> Value:
+        """The axes of x in another order."""
+        y = self._value(tuple(x.shape[axis] for axis in order))
+        self._node(schema.XNNStaticTranspose(len(order), list(order), x.number, y.number, 0))
         return y
 
     def slice(self, x: Value, start: int, size: int) -> Value:
@@ -231,7 +238,7 @@ def nibbles(values: np.ndarray) -> np.ndarray:
 
 
 def _broadcast(a: Shape, b: Shape) -> Shape:
-    """numpy's rule, for shapes in which SEQUENCE meets itself or 1."""
+    """numpy's rule, for shapes in which what varies meets itself or 1."""
     width = max(len(a), len(b))
     pairs = zip((1,) * (width - len(a)) + a, (1,) * (width - len(b)) + b, strict=True)
     return tuple(y if x == 1 else x for x, y in pairs)

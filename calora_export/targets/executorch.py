@@ -6,7 +6,7 @@ Both read the same constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,29 +15,26 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import Origin
-from calora_export.targets._executorch_plan import Frame, Inside, Outside, Plan, Ref, plan, slot_tensors
+from calora_export.targets import Origin, _executorch_llm, _executorch_portable
+from calora_export.targets._executorch_plan import Plan, plan, slot_tensors
 from calora_export.targets._executorch_program import Method, Program
-from calora_export.targets._xnnpack import Subgraph
+from calora_export.targets._executorch_steps import Bounds, Frame, Inside, Kind, Outside, Ref
+from calora_export.targets._xnnpack import SEQUENCE, Shape, Subgraph
 
 MODEL, ROUTER = "model.pte", "router.pte"
+KINDS: Mapping[str, Kind] = {"llm": _executorch_llm, "portable": _executorch_portable}
 LONGEST_TEXT = 4096  # tokens that a router reads at once
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.pte; return where adapter files hold each slot."""
-    longest = min(recipe.chunk, graph.shape.context)
-    tensors = slot_tensors(graph)
-    width = sum(tensor.inputs + tensor.outputs for tensor in tensors)
+    kind, tensors = KINDS[recipe.kernels], slot_tensors(graph)
+    bounds = Bounds(min(recipe.chunk, graph.shape.context), graph.shape.context, recipe.rank_budget)
     program = Program()
-    program.add(_method("forward", plan(graph, slots=False), program, longest))
-    adapter = [
-        (recipe.adapters, width * recipe.rank_budget),
-        ("fp32", recipe.rank_budget),
-        ("fp32", recipe.rank_budget),
-    ]
-    program.add(_method("adapted", plan(graph, slots=True), program, longest, adapter))
-    for name, values in _facts(graph, longest, origin).items():
+    program.add(_method("forward", plan(graph, kind, slots=False), program, bounds))
+    adapter = kind.adapter_inputs(tensors, recipe.adapters, recipe.rank_budget)
+    program.add(_method("adapted", plan(graph, kind, slots=True), program, bounds, adapter))
+    for name, values in _facts(graph, bounds.sequence, recipe, origin).items():
         program.answer(name, values)
     program.write(directory / MODEL)
     return Slots(
@@ -69,7 +66,7 @@ def accompany(manifest: Manifest, directory: Path) -> None:
     """Nothing yet: the stock runners find what they need in the program."""
 
 
-def _facts(graph: Graph, longest: int, origin: Origin) -> dict[str, Sequence[int | bool]]:
+def _facts(graph: Graph, longest: int, recipe: Recipe, origin: Origin) -> dict[str, Sequence[int | bool]]:
     """What the stock LLM runner asks a program for (extension/llm/runner/constants.h)."""
     facts: dict[str, Sequence[int | bool]] = {
         "get_max_seq_len": [longest],
@@ -78,30 +75,31 @@ def _facts(graph: Graph, longest: int, origin: Origin) -> dict[str, Sequence[int
         "get_n_layers": [graph.shape.layers],
         "enable_dynamic_shape": [True],
         "use_kv_cache": [True],
-        "use_sdpa_with_kv_cache": [True],
+        "use_sdpa_with_kv_cache": [recipe.kernels == "llm"],
         "get_eos_ids": origin.eos,
     }
     return facts if origin.bos is None else facts | {"get_bos_id": [origin.bos]}
 
 
-def _method(name: str, plan: Plan, program: Program, longest: int, adapter: Sequence[tuple[str, int]] = ()) -> Method:
-    """adapter: kind and greatest size of each input that an adapter fills."""
+def _method(
+    name: str, plan: Plan, program: Program, bounds: Bounds, adapter: Sequence[tuple[str, Shape]] = ()
+) -> Method:
+    """adapter: kind and shape of each input that an adapter fills."""
     method = Method(name, program)
-    tokens = method.input("int64", [1, longest], dynamic=True)
+    tokens = method.input("int64", bounds.of((1, SEQUENCE)), dynamic=True)
     start = method.input("int64", [1], dynamic=False)
-    rows = tuple(method.input(kind, [size], dynamic=True) for kind, size in adapter)
-    position, length, end = (method.result() for _ in range(3))
-    method.call("aten::_local_scalar_dense", [start, position])
-    method.call("aten::sym_size.int", [tokens, method.number(1), length])
-    method.call("executorch_prim::add.Scalar", [position, length, end])
+    rows = tuple(method.input(kind, bounds.of(shape), dynamic=True) for kind, shape in adapter)
+    position = method.computed("aten::_local_scalar_dense", start)
+    length = method.computed("aten::sym_size.int", tokens, method.number(1))
+    end = method.computed("executorch_prim::add.Scalar", position, length)
     named = {name: method.constant(array) for name, array in plan.constants.items()}
     named |= {name: method.state(shape) for name, shape in plan.caches.items()}
-    frame = Frame(method, tokens, position, end, rows, named)
+    frame = Frame(method, bounds, tokens, position, length, end, rows, named)
     values: dict[int, int] = {}
     for level in _levels(plan):
         new = [step.output for step in level.outside if step.in_place is None]
         for ref in (*new, *level.outputs):
-            values[ref.number] = method.tensor("fp32", [size or longest for size in ref.shape], dynamic=0 in ref.shape)
+            values[ref.number] = frame.tensor(ref.shape, ref.kind)
         for step in level.outside:
             if step.in_place is not None:
                 values[step.output.number] = values[step.in_place.number]

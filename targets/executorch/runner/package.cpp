@@ -52,7 +52,10 @@ Package Package::load(const std::filesystem::path& path) {
   package.context = model.integer("context");
   package.ends = model.integers("eos");
   require("model.logits", "last", model.text("logits"));
-  package.rank_budget = json.object("settings").integer("rank_budget");
+  const Fields settings = json.object("settings");
+  package.rank_budget = settings.integer("rank_budget");
+  package.portable = settings.text("kernels") == "portable";
+  if (!package.portable) require("settings.kernels", "llm", settings.text("kernels"));
   const Fields slots = json.object("slots");
   package.half = slots.text("dtype") == "fp16";
   if (!package.half) require("slots.dtype", "fp32", slots.text("dtype"));

@@ -23,6 +23,7 @@ struct Package {
   std::vector<Group> groups;
   int64_t elements = 0; // of an adapter, per rank
   bool half = false; // rows are fp16
+  bool portable = false; // the model takes every matrix of the rows by itself
   int64_t vocab = 0, context = 0, rank_budget = 0;
   std::vector<int64_t> ends; // tokens that end an answer
 

@@ -3,13 +3,33 @@
 #include "error.h"
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 
 namespace calora {
 namespace {
 
 using executorch::aten::ScalarType;
 
-enum Input : size_t { tokens, input_pos, rows, gate, recovery };
+enum Input : size_t { tokens, input_pos, rows };
+
+/// Where the model takes rows: how many elements, and as what.
+using Shape = std::vector<int32_t>;
+
+/// As a whole; or every group's down [parts · R, in] and every site's up [1, R, out], as they follow each other.
+std::vector<Shape> row_inputs(const Package& package, int32_t rank) {
+  if (!package.portable) return {{int32_t(rank * package.elements)}};
+  std::vector<Shape> shapes;
+  for (const Group& group : package.groups) {
+    shapes.push_back({int32_t(group.outs.size()) * rank, int32_t(group.inputs)});
+    for (const int64_t out : group.outs) shapes.push_back({1, rank, int32_t(out)});
+  }
+  return shapes;
+}
+
+int64_t elements_of(const Shape& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<int64_t>());
+}
 
 /// Beside the model when tensors are shared between files.
 std::filesystem::path data_of(const std::filesystem::path& model) {
@@ -32,10 +52,15 @@ void Session::select(const Mix& mix, bool keep_cache) {
   for (const auto& [id, weight] : mix)
     if (weight != 0.0) parts.push_back({&adapter(id), float(weight)});
   Rows chosen = Rows::mix(parts, package_);
-  const auto rank = int32_t(chosen.rank), elements = int32_t(chosen.rank * package_.elements);
-  model_->set(rows, chosen.rows, {elements}, package_.half ? ScalarType::Half : ScalarType::Float);
-  model_->set(gate, chosen.gate.data(), {rank}, ScalarType::Float);
-  model_->set(recovery, chosen.recovery.data(), {rank}, ScalarType::Float);
+  const auto rank = int32_t(chosen.rank);
+  const auto* from = static_cast<const char*>(chosen.rows);
+  size_t input = rows;
+  for (const Shape& shape : row_inputs(package_, rank)) {
+    model_->set(input++, from, shape, package_.half ? ScalarType::Half : ScalarType::Float);
+    if (from) from += elements_of(shape) * (package_.half ? 2 : 4);
+  }
+  model_->set(input++, chosen.gate.data(), {rank}, ScalarType::Float);
+  model_->set(input++, chosen.recovery.data(), {rank}, ScalarType::Float);
   rows_ = std::move(chosen); // only now: the model read the old ones until here
   mix_ = mix;
   if (!keep_cache) forget();
