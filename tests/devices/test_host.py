@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,15 +14,31 @@ import pytest
 from safetensors import safe_open
 
 from calora_export import package as packages
+from calora_export import runtimes
+from calora_export.adapters import Adapter
 from calora_export.devices import host
 from calora_export.errors import DeviceError, PackageError
-from calora_export.jobs import Case, Completion, Job, Safety, Timing, Trace, read_trace, write_job
+from calora_export.jobs import (
+    Case,
+    Completion,
+    Job,
+    Safety,
+    SafetyTrace,
+    Timing,
+    TimingTrace,
+    Trace,
+    read_trace,
+    write_job,
+)
+from calora_export.package import Package
 from calora_export.runtimes import Mix
+from tests.conftest import Export
 from tests.packages import copy_package, refresh
 from tests.tampering import adapter_file
 
 IDS = tuple(range(40, 72))
 SAFETY_IDS = tuple(range(64))
+MIXES: dict[str, dict[str, float]] = {"base": {}, "alpha": {"alpha": 1.0}, "mix": {"alpha": 0.7, "beta": -0.4}}
 
 
 def answered(package: Path, job: Job) -> Trace:
@@ -190,3 +207,75 @@ def test_a_child_that_dies_hangs_or_says_nothing(
     with pytest.raises(DeviceError) as caught:
         host.run("", packages.load(package), Job(threads=1))
     assert str(caught.value) == message
+
+
+# ── the native runner ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def native(package_executorch_fp32: Path) -> Package:
+    """A package of a target that has a native runner, and a compiler to build it."""
+    pytest.importorskip("executorch", reason="the executorch extra is not installed")
+    if not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler")
+    return packages.load(package_executorch_fp32)
+
+
+@pytest.mark.parametrize("recipe", ["executorch-fp32", "executorch-8da4w"])
+def test_the_native_runner_answers_as_python_does(
+    native: Package, exported: Export, tmp_path: Path, recipe: str
+) -> None:
+    """Base, adapters and mixes, gates, completions, safety, and as many samples of every timing."""
+    package = packages.load(exported(recipe))
+    forged = tmp_path / "forged.safetensors"
+    foreign = Adapter("foreign", None, 1, np.zeros(1, bool), {})
+    runtimes.load("executorch").encode_adapter(foreign, package.manifest.slots, "sha256:" + "5" * 64, forged)
+    cases = tuple(Case(name, mix, IDS, 20) for name, mix in MIXES.items())
+    job = Job(
+        threads=1,
+        cases=cases,
+        routes=((65, 66, 67), tuple(range(1, 90))),
+        completions=(Completion("alpha", (70, 71), 6), Completion("beta", (70, 71), 1)),
+        safety=Safety({"alpha": 1.0}, {"beta": 1.0}, SAFETY_IDS, str(forged)),
+        timing=Timing("alpha", "beta", IDS, decode=2, rounds=1, swaps=3),
+    )
+    made, expected = host.run("native", package, job), host.answer(package, job)
+    for name, reference in expected.logits.items():
+        assert made.logits[name].shape == reference.shape == (len(IDS) - 20 + 1, 256)
+        if recipe == "executorch-fp32":
+            np.testing.assert_allclose(made.logits[name], reference, atol=1e-3)
+            assert made.answer.completions == expected.answer.completions
+        else:
+            noise = np.linalg.norm(made.logits[name] - reference)
+            assert 20 * np.log10(np.linalg.norm(reference) / max(noise, 1e-30)) > 30
+    np.testing.assert_allclose(made.answer.gates, expected.answer.gates, atol=1e-5)
+    assert len(made.answer.completions) == 2 and all(made.answer.completions)
+    assert made.answer.safety == expected.answer.safety == SafetyTrace(aba=True, fresh=True, stale=True, refused=True)
+    assert made.answer.timing is not None and expected.answer.timing is not None
+    assert counted(made.answer.timing) == counted(expected.answer.timing)
+    assert 0 < made.answer.peak_rss < expected.answer.peak_rss, "no Python in it"
+
+
+def counted(timing: TimingTrace) -> dict[str, int]:
+    lines = {"swap": timing.swap, "first": timing.first_token, "prefill": timing.prefill, "router": timing.router}
+    return {name: len(samples) for name, samples in (lines | timing.decode).items()}
+
+
+def test_the_native_runners_errors_are_one_line(native: Package) -> None:
+    job = Job(threads=1, cases=(Case("base", {"gamma": 1.0}, IDS, 30),))
+    with pytest.raises(DeviceError, match=r"^host: .*gamma") as caught:
+        host.run("native", native, job)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "Native", "native:1"])
+def test_an_unknown_address_is_one_line(native: Package, address: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        host.run(address, native, Job(threads=1))
+    assert str(caught.value).startswith(f"--device: host:{address}: expected host, or host:native for ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_without_a_native_runner_is_named(package: Path) -> None:
+    with pytest.raises(DeviceError, match=r"--device: host:native: .*found onnx"):
+        host.run("native", packages.load(package), Job(threads=1))
