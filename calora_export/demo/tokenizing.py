@@ -25,7 +25,8 @@ def build_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex("[A-Z0-9]"), "isolated"),
+            # Some runtimes' tokenizers drop what the pattern does not match.
+            pre_tokenizers.Split(Regex("[A-Z0-9]|[^A-Z0-9]+"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
