@@ -14,12 +14,18 @@ from hypothesis import strategies as st
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
 
 from executorch.exir import schema
+from executorch.exir.scalar_type import ScalarType
 from executorch.runtime import Runtime
 
 from calora_export.targets._executorch_program import Method, Program
 from calora_export.targets._xnnpack import Filter, Subgraph
+from tests.bundles import LAYERS
+from tests.conftest import Export
+from tests.pte_file import PteFile
 
 SIZE = 8
+BYTES = {ScalarType.BOOL: 1, ScalarType.FLOAT: 4, ScalarType.LONG: 8}
+CACHE = {"llama::update_cache": 1, "aten::index_put_": 0}  # which operand it is
 ADD, COPY, EMBEDDING = "aten::add.out", "aten::clone.out", "aten::embedding.out"
 
 
@@ -42,21 +48,35 @@ def add(method: Method, a: int, b: int, out: int) -> None:
 
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Per instruction: what it reads, as distances back, and how large its result is.
-SCHEDULES = st.lists(st.tuples(st.lists(st.integers(1, 12), max_size=3), st.integers(1, 300)), min_size=1, max_size=25)
+# Per instruction: what it reads, as distances back; how large its result is; whether it reads them as a list, or is a
+# view of the result before it.
+FORMS = ("operands", "list", "view")
+SCHEDULES = st.lists(
+    st.tuples(st.lists(st.integers(1, 12), max_size=3), st.integers(1, 300), st.sampled_from(FORMS)),
+    min_size=1,
+    max_size=25,
+)
 
 
-def scheduled(schedule: Sequence[tuple[list[int], int]], states: Sequence[int], outputs: int) -> schema.ExecutionPlan:
+def scheduled(
+    schedule: Sequence[tuple[list[int], int, str]], states: Sequence[int], outputs: int
+) -> schema.ExecutionPlan:
     """A method of operators that read some results before them; its last results are its outputs."""
     method = Method("forward", Program())
     kept = [method.state([size]) for size in states]
-    made = [method.input("fp32", [4], dynamic=True)]
-    for distances, size in schedule:
-        out = method.tensor("fp32", [size], dynamic=bool(size % 2))
-        read = [made[-distance] for distance in distances if distance <= len(made)]
-        method.call("calora::any.out", [*read, *kept, out, out])
-        made.append(out)
-    for value in made[1:][-outputs:]:
+    made = [(method.input("fp32", [4], dynamic=True), 4)]
+    for distances, size, form in schedule:
+        read = [made[-distance][0] for distance in distances if distance <= len(made)]
+        if form == "view":
+            before, size = made[-1]
+            out = method.tensor("fp32", [size], dynamic=True)
+            method.view(before, [method.number(size)], out)
+        else:
+            out = method.tensor("fp32", [size], dynamic=bool(size % 2))
+            operands = [method.tensors([*read, None])] if form == "list" else read
+            method.call("calora::any.out", [*operands, *kept, out, out])
+        made.append((out, size))
+    for value, _ in made[1:][-outputs:]:
         method.output(value)
     return method.plan()
 
@@ -69,18 +89,34 @@ def spans(plan: schema.ExecutionPlan) -> dict[int, tuple[int, int]]:
         if isinstance(tensor, schema.Tensor) and (place := tensor.allocation_info) is not None:
             start = place.memory_offset_high * 2**32 + place.memory_offset_low
             assert place.memory_id == 1
-            found[number] = (start, start + 4 * int(np.prod(tensor.sizes)))
+            found[number] = (start, start + BYTES[tensor.scalar_type] * int(np.prod(tensor.sizes)))
     return found
 
 
 def lives(plan: schema.ExecutionPlan) -> dict[int, tuple[int, int]]:
-    """Value → first and last instruction that has it; outputs outlive the last."""
+    """Value → first and last instruction that has it, or a list or a view of it; outputs outlive the last."""
     found: dict[int, tuple[int, int]] = {}
+    place: dict[int, int] = {}
     calls = [instruction.instr_args for instruction in plan.chains[0].instructions]
-    for step, arguments in enumerate([*(call.args for call in calls), plan.outputs]):
-        for value in arguments:
-            found[value] = (found.get(value, (step, step))[0], step)
+    for step, call in enumerate([*calls, None]):
+        arguments = plan.outputs if call is None else call.args
+        if isinstance(call, schema.KernelCall) and plan.operators[call.op_index].name == "executorch_prim::et_view":
+            place[arguments[2]] = place.get(arguments[0], arguments[0])
+        for argument in arguments:
+            held = plan.values[argument].val
+            for value in held.items if isinstance(held, schema.OptionalTensorList) else [argument]:
+                root = place.get(value, value)
+                found[root] = (found.get(root, (step, step))[0], step)
     return found
+
+
+def require_places_of_their_own(plan: schema.ExecutionPlan, states: set[int]) -> None:
+    places, times = spans(plan), lives(plan)
+    for a, where in places.items():
+        assert where[0] % 64 == 0 and where[1] <= plan.non_const_buffer_sizes[1]
+        for b in places.keys() - {a}:
+            if {a, b} & states or (times[a][0] <= times[b][1] and times[b][0] <= times[a][1]):
+                assert not overlap(where, places[b]), (a, b)
 
 
 def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -90,25 +126,30 @@ def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
 @given(SCHEDULES, st.lists(st.integers(1, 200), max_size=3), st.integers(1, 3))
 def test_tensors_of_the_same_time_have_places_of_their_own(schedule, states, outputs) -> None:
     plan = scheduled(schedule, states, outputs)
-    places, times = spans(plan), lives(plan)
-    assert len(places) == len(schedule) + len(states)
-    kept = set(list(places)[: len(states)])
-    for a, where in places.items():
-        assert where[0] % 64 == 0 and where[1] <= plan.non_const_buffer_sizes[1]
-        for b in places.keys() - {a}:
-            together = times[a][0] <= times[b][1] and times[b][0] <= times[a][1]
-            if together or {a, b} & kept:
-                assert not overlap(where, places[b]), (a, b)
+    places = spans(plan)
+    assert len(places) == len(states) + sum(form != "view" for *_, form in schedule)
+    require_places_of_their_own(plan, set(list(places)[: len(states)]))
+
+
+@pytest.mark.parametrize("method", ["forward", "adapted"])
+@pytest.mark.parametrize("recipe", ["executorch-8da4w", "executorch-8da4w-portable"])
+def test_so_have_those_of_a_model(exported: Export, recipe: str, method: str) -> None:
+    plan = PteFile(exported(recipe)).plan(method)
+    calls = [instruction.instr_args for instruction in plan.chains[0].instructions]
+    named = [(plan.operators[c.op_index].name, c.args) for c in calls if isinstance(c, schema.KernelCall)]
+    caches = {arguments[CACHE[name]] for name, arguments in named if name in CACHE}
+    assert len(caches) == 2 * LAYERS
+    require_places_of_their_own(plan, caches)
 
 
 def test_memory_is_used_again() -> None:
     """A chain needs two places, however long it is."""
-    plan = scheduled([([1], 256)] * 50, [], 1)
+    plan = scheduled([([1], 256, "operands")] * 50, [], 1)
     assert plan.non_const_buffer_sizes == [0, 2 * 1024]
 
 
 def test_an_arena_above_4_gib_has_two_part_offsets() -> None:
-    plan = scheduled([([], 16), ([1], 16)], [2**30 + 16], 1)
+    plan = scheduled([([], 16, "list"), ([1], 16, "list")], [2**30 + 16], 1)
     assert [start for start, _ in spans(plan).values()] == [0, 4 * 2**30 + 64, 4 * 2**30 + 128]
 
 

@@ -21,10 +21,10 @@ from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as sc
 
 from calora_export import ops
 from calora_export.targets._executorch_program import Method, Program
+from calora_export.targets._xnnpack import END, Filter, Shape, Subgraph, Value, nibbles
 from calora_export.targets._xnnpack import SEQUENCE as S
-from calora_export.targets._xnnpack import Filter, Shape, Subgraph, Value, nibbles
 
-LONGEST = 32
+LONGEST, CONTEXT = 32, 64
 LENGTHS = (1, 5, LONGEST, 3)
 IN, OUT = 64, 48
 X = (1, S, IN)
@@ -57,7 +57,8 @@ def compiled(tmp_path: Path) -> Compile:
 
 
 def _bound(make: Callable[..., int], value: Value) -> int:
-    return make("fp32", [size or LONGEST for size in value.shape], dynamic=S in value.shape)
+    bounds = {S: LONGEST, END: CONTEXT}
+    return make("fp32", [bounds.get(size, size) for size in value.shape], dynamic=min(value.shape) <= 0)
 
 
 def draw(shape: Shape, length: int, seed: int = 0) -> Tensor:
@@ -86,6 +87,7 @@ def check(compiled: Compile, shapes: Sequence[Shape], build: Build, formula: Cal
         (schema.XNNTanh, torch.tanh),
         (schema.XNNSigmoid, torch.sigmoid),
         (schema.XNNSquare, torch.square),
+        (schema.XNNSoftmax, lambda x: x.softmax(-1)),
     ],
 )
 def test_unary(compiled: Compile, node: type[schema.XNNNode1x1], formula: Callable[[Tensor], Tensor]) -> None:
@@ -108,6 +110,7 @@ def test_reciprocal_square_root(compiled: Compile) -> None:
         (schema.XNNSubtract, torch.sub),
         (schema.XNNMultiply, torch.mul),
         (schema.XNNDiv, torch.div),
+        (schema.XNNMinimum, torch.minimum),
     ],
 )
 @pytest.mark.parametrize(
@@ -146,6 +149,16 @@ def test_the_short_names_are_those_nodes(compiled: Compile) -> None:
     check(compiled, [X, X], build, lambda a, b: [a + b, a - b, a * b])
 
 
+@pytest.mark.parametrize("end", [1, 7, 40])
+def test_two_dimensions_may_vary(compiled: Compile, end: int) -> None:
+    """Scores [heads, S, end] and a mask [S, end], as attention has them."""
+    graph_shapes = [(4, S, END), (S, END)]
+    run = compiled(graph_shapes, lambda graph, x: [graph.unary(schema.XNNSoftmax, graph.add(*x))])
+    for length in LENGTHS:
+        scores, mask = draw((4, S, end), length), draw((S, end), length, 1)
+        torch.testing.assert_close(run([scores, mask])[0], (scores + mask).softmax(-1), rtol=1e-5, atol=1e-6)
+
+
 # ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -157,6 +170,12 @@ def test_reshape(compiled: Compile) -> None:
         return [heads, graph.reshape(heads, (1, S, 2, 32))]
 
     check(compiled, [X], build, lambda x: [x.unflatten(-1, (4, 16)), x.unflatten(-1, (2, 32))])
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 3, 1)])
+def test_transpose(compiled: Compile, order: tuple[int, ...]) -> None:
+    build: Build = lambda graph, x: [graph.transpose(x[0], order)]  # noqa: E731
+    check(compiled, [(1, S, 4, 16)], build, lambda x: [x.permute(order)])
 
 
 @pytest.mark.parametrize(("start", "size"), [(0, 8), (8, 16), (24, 8)])
