@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
@@ -123,6 +123,10 @@ def overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
 
 
+VIEW_OF_A_VIEW = [([], 16, form) for form in ("operands", "view", "view", "operands", "operands")]
+
+
+@example([*VIEW_OF_A_VIEW, ([3], 16, "operands")], [], 1)
 @given(SCHEDULES, st.lists(st.integers(1, 200), max_size=3), st.integers(1, 3))
 def test_tensors_of_the_same_time_have_places_of_their_own(schedule, states, outputs) -> None:
     plan = scheduled(schedule, states, outputs)
