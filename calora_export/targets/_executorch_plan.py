@@ -177,10 +177,10 @@ class _Walk:
         self.values[node, 0] = self.operators.attention(q, k, v, attention)
 
     def _per_head(self, arg: object, heads: int) -> Ref:
-        """[1, S, H, D] from what attention gets as [1, H, S, D], without moving it there and back."""
+        """[1, S, H, D] from what attention gets as [1, H, S, D], where it can without moving it there and back."""
         source, _ = _nodes.heads(arg)
         if source is arg:
-            raise UnsupportedError(mismatch("executorch", "attention", "heads that were transposed to", str(source)))
+            return self.steps.transpose(self.value(source), (0, 2, 1, 3))
         return self.steps.reshape(self.value(source), (1, SEQUENCE, heads, self.graph.shape.head_dim))
 
     def _rope_rows(self, cos: object, sin: object) -> Ref:
@@ -262,6 +262,13 @@ class _Walk:
     def lower_view(self, node: Node) -> None:
         self.values[node, 0] = self.steps.reshape(self.value(_nodes.viewed(node)), _shape(node))
 
+    def lower_transpose(self, node: Node) -> None:
+        x = self.value(node.args[0])
+        order = list(range(len(x.shape)))
+        a, b = (_nodes.integer(axis) for axis in node.args[1:])
+        order[a], order[b] = order[b], order[a]
+        self.values[node, 0] = self.steps.transpose(x, order)
+
     def lower_slice(self, node: Node) -> None:
         x, axis = self.value(node.args[0]), _nodes.integer(node.args[1])
         start = _nodes.integer(node.args[2]) if len(node.args) > 2 else 0
@@ -340,6 +347,7 @@ _HANDLERS: Mapping[object, Callable[[_Walk, Node], None]] = {
     ATEN.tanh.default: _Walk.lower_tanh,
     ATEN.slice.Tensor: _Walk.lower_slice,
     ATEN.chunk.default: _Walk.lower_chunk,
+    ATEN.transpose.int: _Walk.lower_transpose,
     **dict.fromkeys(_BINARY, _Walk.lower_binary),
     **dict.fromkeys(VIEWS, _Walk.lower_view),
 }

@@ -52,18 +52,13 @@ class Operators:
         self._layer += 1
         self._steps.caches.update({key: (groups, size, attention.context), value: (groups, attention.context, size)})
 
-        def grouped(graph: Subgraph, values: Sequence[Value]) -> Value:
-            scaled = graph.multiply(values[0], graph.constant(np.array([attention.scale])))
-            return graph.transpose(graph.reshape(scaled, q.shape[1:]), (1, 0, 2))
-
-        def merged(graph: Subgraph, values: Sequence[Value]) -> Value:
-            return graph.reshape(graph.transpose(values[0], (1, 0, 2)), (1, SEQUENCE, attention.heads * size))
-
-        rows = self._steps.inside(grouped, [q], (attention.heads, SEQUENCE, size))
-        columns = self._moved(k, (1, 2, 0))
+        scale = np.array([attention.scale])
+        scaled = self._steps.inside(
+            lambda graph, values: graph.multiply(values[0], graph.constant(scale)), [q], q.shape
+        )
         scores = self._steps.outside(
             self._product(key, 2, (groups, size, END), repeat),
-            [rows, columns, self._positions],
+            [self._moved(scaled, (1, 0, 2)), self._moved(k, (1, 2, 0)), self._positions],
             (attention.heads, SEQUENCE, END),
         )
         weights = self._softmax(scores, attention)
@@ -72,15 +67,11 @@ class Operators:
             [weights, self._moved(v, (1, 0, 2)), self._positions],
             (attention.heads, SEQUENCE, size),
         )
-        return self._steps.inside(merged, [mixed], (1, SEQUENCE, attention.heads * size))
+        return self._steps.reshape(self._steps.transpose(mixed, (1, 0, 2)), (1, SEQUENCE, attention.heads * size))
 
     def _moved(self, x: Ref, order: Sequence[int]) -> Ref:
         """[1, S, KV, D] with its last three axes in another order."""
-        last = x.shape[1:]
-        shape = tuple(last[axis] for axis in order)
-        return self._steps.inside(
-            lambda graph, values: graph.transpose(graph.reshape(values[0], last), order), [x], shape
-        )
+        return self._steps.transpose(self._steps.reshape(x, x.shape[1:]), order)
 
     def _product(self, name: str, axis: int, kept: Shape, repeat: int) -> Call:
         """call([x, new, positions]) puts new into a cache along its axis and multiplies x with what that holds now.

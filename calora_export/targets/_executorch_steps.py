@@ -135,6 +135,10 @@ class Steps:
             return x
         return self.inside(lambda graph, values: graph.reshape(values[0], shape), [x], shape)
 
+    def transpose(self, x: Ref, order: Sequence[int]) -> Ref:
+        shape = tuple(x.shape[axis] for axis in order)
+        return self.inside(lambda graph, values: graph.transpose(values[0], order), [x], shape)
+
     def slice(self, x: Ref, start: int, size: int) -> Ref:
         shape = (*x.shape[:-1], size)
         if shape == x.shape:
