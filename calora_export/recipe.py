@@ -72,7 +72,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     description: str
     precision: tuple[Rule, ...]
     parity: Parity
-    context: Annotated[int, Meta(ge=1)] = 2048
+    context: Annotated[int, Meta(ge=64)] = 2048  # validation feeds 64
     chunk: Annotated[int, Meta(ge=1)] = 256
     rank_budget: Annotated[int, Meta(ge=1)] = 256
     logits: Literal["last", "all"] = "last"

@@ -93,7 +93,7 @@ def test_only_the_star_is_special(file: Path, pattern: str) -> None:
         ('scheme = "int8"', 'scheme = "int3"', "Invalid enum value 'int3' - at `$.precision[0].scheme`"),
         ("group_size = 16", 'group_size = "16"', "Expected `int`, got `str` - at `$.precision[0].group_size`"),
         ("group_size = 16", "group_size = -1", "Expected `int` >= 0 - at `$.precision[0].group_size`"),
-        ('target = "onnx"', 'target = "onnx"\ncontext = 0', "Expected `int` >= 1 - at `$.context`"),
+        ('target = "onnx"', 'target = "onnx"\ncontext = 63', "Expected `int` >= 64 - at `$.context`"),
         ("kl_max = 0.1\n", "", "missing required field `kl_max` - at `$.parity.source`"),
         ('target = "onnx"\n', "", "missing required field `target`"),
         ("[parity.source]", "[parity.source", ""),
