@@ -29,9 +29,8 @@ class PteFile:
 
     @cached_property
     def content(self) -> bytes:
-        """Of the program and of the data file beside it."""
-        data = self.path.with_suffix(".ptd")
-        return self.path.read_bytes() + (data.read_bytes() if data.is_file() else b"")
+        """Of the file."""
+        return self.path.read_bytes()
 
     @cached_property
     def parsed(self) -> PTEFile:
@@ -54,8 +53,7 @@ class PteFile:
         from executorch.runtime import Runtime
 
         runtime.prepare(packages.load(self.package))
-        data = self.path.with_suffix(".ptd")
-        program = Runtime.get().load_program(self.path, data_path=data if data.is_file() else None)
+        program = Runtime.get().load_program(self.path)
         return program.load_method(method).execute
 
     def answer(self, method: str) -> list[int]:

@@ -37,8 +37,7 @@ def write(path: Path, *methods: Method, program: Program) -> Path:
 
 
 def loaded(path: Path, name: str = "forward"):
-    data = path.with_suffix(".ptd")
-    program = Runtime.get().load_program(path, data_path=data if data.is_file() else None)
+    program = Runtime.get().load_program(path)
     return program.load_method(name)
 
 
