@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ def prepare(package: Package) -> None:
         import executorch.runtime  # noqa: F401
     if package.manifest.settings.kernels == "portable":
         return
+    _register()
+
+
+@functools.cache
+def _register() -> None:
+    """Once: an operator that is registered again ends the process."""
     kernels = native.kernels()
     with quiet.libraries():
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
 
 from calora_export import bundle as bundles
+from calora_export import native
 from calora_export import package as packages
 from calora_export.adapters import Adapter, SiteRows, load_adapter, mix
 from calora_export.errors import FingerprintError, PackageError
@@ -240,6 +241,16 @@ def test_a_program_of_something_else_is_named(copy: Path) -> None:
     refresh(copy)
     with pytest.raises(PackageError, match=r"model\.pte: method: expected adapted, found forward"):
         runtime.open_session(packages.load(copy), 1)
+
+
+def test_kernels_that_were_built_again_are_not_loaded_over_the_old(
+    opened: Package, session: ExecutorchSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever edits slot.cpp while a process runs: a second registration would end it."""
+    again = tmp_path / native.LIBRARY
+    again.write_bytes(native.kernels().read_bytes())
+    monkeypatch.setattr(native, "kernels", lambda: again)
+    assert np.array_equal(fresh(runtime.open_session(opened, 1), {"alpha": 1.0}), fresh(session, {"alpha": 1.0}))
 
 
 # ── sessions ────────────────────────────────────────────────────────────────────────────────────────────────
