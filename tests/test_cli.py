@@ -303,7 +303,8 @@ def recipe_has_an_unknown_key(tiny: Path, tmp_path: Path) -> tuple[list[object],
 def recipe_has_an_unknown_target(tiny: Path, tmp_path: Path) -> tuple[list[object], str]:
     shipped = Path(cli.__file__).parent.parent / "recipes" / "onnx-int4.toml"
     (tmp_path / "mine.toml").write_text(shipped.read_text().replace('target = "onnx"', 'target = "abacus"'))
-    return [tiny, "-o", tmp_path / "out", "--recipe", tmp_path / "mine.toml"], "recipe: target: expected one of executorch, onnx"
+    arguments = [tiny, "-o", tmp_path / "out", "--recipe", tmp_path / "mine.toml"]
+    return arguments, "recipe: target: expected one of executorch, onnx"
 
 
 Mistake = Callable[[Path, Path], tuple[list[object], str]]
