@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 pytest.importorskip("executorch", reason="the executorch extra is not installed")
 
 from calora_export import package as packages
+from calora_export import resources
 from calora_export.errors import RecipeError
 from calora_export.runtimes import executorch as runtime
 from tests.bundles import LAYERS, VOCAB
@@ -137,6 +139,30 @@ def test_every_operator_is_a_stock_one(exported: Export, method: str) -> None:
     found = PteFile(exported(RECIPE)).operators(method)
     assert [name for name in found if name != DELEGATE and not STOCK.match(name)] == []
     assert found["aten::bmm"] == 2 * LAYERS + (method == "adapted") * 3 * LAYERS  # up of q, v and down
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("llm", "executorch-8da4w"), ("portable", RECIPE)])
+def test_the_documented_operators_are_those_of_the_programs(exported: Export, kind: str, recipe: str) -> None:
+    """docs/executorch.md: a row may name several, of which a program has one."""
+    table = [re.findall(r"`([^`]+)`", row[0]) + [row[column(kind)]] for row in documented()]
+    file = PteFile(exported(recipe))
+    for method, words in (("forward", {"both"}), ("adapted", {"both", "adapted"})):
+        rows = [names for *names, word in table if word in words]
+        found = set(file.operators(method))
+        assert found <= {name for names in rows for name in names}
+        assert [names for names in rows if not found & set(names)] == []
+
+
+def column(kind: str) -> int:
+    return {"llm": 3, "portable": 4}[kind]
+
+
+def documented() -> list[list[str]]:
+    """The rows of the table of operators: operator, library, purpose, llm, portable."""
+    lines = (resources.root() / "docs" / "executorch.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| operator |")) + 2
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
 
 
 def test_layers_share_masks_and_positions(portable: Export) -> None:
