@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ pytest.importorskip("executorch", reason="the executorch extra is not installed"
 
 from calora_export import package as packages
 from calora_export import resources
+from calora_export.devices import host
 from calora_export.errors import RecipeError
+from calora_export.jobs import Case, Job
 from calora_export.runtimes import executorch as runtime
 from tests.bundles import LAYERS, VOCAB
 from tests.conftest import Export, Families, Variant
@@ -185,6 +188,17 @@ def test_it_runs_where_only_the_sdk_is(exported: Export) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(exported(RECIPE))], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+def test_the_native_runner_hands_every_matrix_over(portable: Export) -> None:
+    """Of rank 0, of one adapter in place, and of a mix."""
+    package, ids = packages.load(portable("llama")), tokens(PREFILL + STEPS)[0].tolist()
+    mixes: list[dict[str, float]] = [{}, {"one": 1.0}, {"pattern": 1.0}, {"one": 0.6, "a32": 0.4}]
+    cases = tuple(Case(str(i), mix, tuple(ids), PREFILL) for i, mix in enumerate(mixes))
+    trace = host.run("native", package, Job(threads=1, cases=cases))
+    for case in cases:
+        np.testing.assert_allclose(trace.logits[case.name], run(package.path, case.mix, ids), atol=2e-4)
 
 
 # ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────────
