@@ -39,11 +39,6 @@ void keep_message(et_timestamp_t, et_pal_log_level_t level, const char*, const c
   std::_Exit(1);
 }
 
-Module open(const std::filesystem::path& path, const std::filesystem::path& data) {
-  return data.empty() ? Module(path.string(), Module::LoadMode::Mmap)
-                      : Module(path.string(), data.string(), Module::LoadMode::Mmap);
-}
-
 } // namespace
 
 void capture_runtime_messages() {
@@ -57,8 +52,8 @@ void set_threads(int64_t count) {
   executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(uint32_t(count));
 }
 
-Program::Program(const std::filesystem::path& path, const std::filesystem::path& data, const std::string& method)
-    : file_(path.filename().string()), method_(method), module_(open(path, data)) {
+Program::Program(const std::filesystem::path& path, const std::string& method)
+    : file_(path.filename().string()), method_(method), module_(path.string(), Module::LoadMode::Mmap) {
   plan_memory();
   require(module_.load_method(method, planned_.get()), "load");
 }

@@ -20,8 +20,7 @@ void set_threads(int64_t count);
 
 class Program {
  public:
-  /// data: a file of shared tensors, or empty.
-  Program(const std::filesystem::path& path, const std::filesystem::path& data, const std::string& method);
+  Program(const std::filesystem::path& path, const std::string& method);
 
   /// The largest size of a dimension of an input.
   int64_t limit(size_t input, size_t dimension);

@@ -31,17 +31,11 @@ int64_t elements_of(const Shape& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<int64_t>());
 }
 
-/// Beside the model when tensors are shared between files.
-std::filesystem::path data_of(const std::filesystem::path& model) {
-  const std::filesystem::path data = std::filesystem::path(model).replace_extension(".ptd");
-  return std::filesystem::exists(data) ? data : std::filesystem::path();
-}
-
 } // namespace
 
 Session::Session(Package package, int64_t threads) : package_(std::move(package)) {
   set_threads(threads);
-  model_ = std::make_unique<Program>(package_.model, data_of(package_.model), "adapted");
+  model_ = std::make_unique<Program>(package_.model, "adapted");
   chunk_ = model_->limit(tokens, 1);
   fed_.resize(size_t(chunk_));
   select({});
@@ -102,7 +96,7 @@ int64_t Session::next(const Tokens& ids) {
 std::vector<double> Session::route(const Tokens& ids) {
   if (package_.router.empty())
     throw refusal("package.json", "router", "a router", "none", "name an adapter instead");
-  if (!router_) router_ = std::make_unique<Program>(package_.router, data_of(package_.router), "forward");
+  if (!router_) router_ = std::make_unique<Program>(package_.router, "forward");
   router_->set(0, ids.data(), {1, int32_t(ids.size())}, ScalarType::Long);
   const Program::Output gates = router_->run();
   return {gates.data, gates.data + gates.count};
