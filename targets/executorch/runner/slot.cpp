@@ -67,16 +67,42 @@ using Lanes = Plain;
 #include "slot_kernel.h"
 } // namespace baseline
 
-using Kernel = void (*)(const Group&, int64_t, int64_t);
+/// One instruction set's functions (slot_kernel.h).
+struct Kernels {
+  void (*slot)(const Group&, int64_t, int64_t);
+  void (*down)(const Group&, float*, int64_t, int64_t);
+  void (*up)(const Group&, const float*, int64_t, int64_t);
+};
 
 template <typename T>
-Kernel pick() {
+Kernels pick() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return avx512::slot<T>;
+  if (__builtin_cpu_supports("avx512f")) return {avx512::slot<T>, avx512::slot_down<T>, avx512::slot_up<T>};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and so F16C
-    return avx2::slot<T>;
+    return {avx2::slot<T>, avx2::slot_down<T>, avx2::slot_up<T>};
 #endif
-  return baseline::slot<T>;
+  return {baseline::slot<T>, baseline::slot_down<T>, baseline::slot_up<T>};
+}
+
+/// Rows that fit onto the stack, and the bytes of a group from which a second thread pays: below, two dispatches cost
+/// more than they save.
+constexpr int64_t most_rows = 1024, worth_two = 128 * 1024;
+
+/// One position of many rows on two threads, which is what memory has bandwidth for.
+void one_position(const Kernels& kernels, const Group& group) {
+  float h[most_rows];
+  const int64_t members = int64_t(group.outs.size()), rows = members * group.rank;
+  int64_t outputs = 0;
+  for (const int64_t out : group.outs) outputs += out;
+  const auto halves = [](int64_t count, int64_t unit, const auto& work) {
+    const int64_t middle = (count / 2 + unit - 1) / unit * unit;
+    executorch::extension::parallel_for(0, 2, 1, [&](int64_t begin, int64_t end) {
+      work(begin == 0 ? 0 : middle, end == 2 ? count : middle);
+    });
+  };
+  halves(rows, 4, [&](int64_t begin, int64_t end) { kernels.down(group, h, begin, end); });
+  for (int64_t j = 0; j < members; ++j) activate(h + j * group.rank, group.gate, group.recovery, group.rank);
+  halves(outputs, 64, [&](int64_t begin, int64_t end) { kernels.up(group, h, begin, end); });
 }
 
 /// Copies the columns that belong to no member, or all of them when there is no rank.
@@ -105,6 +131,13 @@ bool fits(const Group& group, int64_t offset, int64_t elements) {
     per_rank += group.outs[j];
   }
   return end <= group.width && group.rank * per_rank <= elements;
+}
+
+/// Of the group's rows.
+int64_t bytes(const Group& group, bool half) {
+  int64_t per_rank = group.inputs * int64_t(group.outs.size());
+  for (const int64_t out : group.outs) per_rank += out;
+  return per_rank * group.rank * int64_t(half ? sizeof(Half) : sizeof(float));
 }
 
 bool same_positions(const Tensor& x, const Tensor& y) {
@@ -137,12 +170,15 @@ Tensor& slot_out(
   const int64_t positions = width > 0 ? y.numel() / width : 0;
   copy_rest(group, positions);
   if (rank == 0) return out;
-  const Kernel kernel = half ? pick<Half>() : pick<float>();
-  // A block is a multiple of every tile of positions, so that only the last positions are computed one by one. One
-  // position is not worth a second thread: waking it costs what it would save.
+  const Kernels kernels = half ? pick<Half>() : pick<float>();
+  if (positions == 1 && rank * int64_t(outs.size()) <= most_rows && bytes(group, half) >= worth_two) {
+    one_position(kernels, group);
+    return out;
+  }
+  // A block is a multiple of every tile of positions, so that only the last positions are computed one by one.
   constexpr int64_t block = 8;
   const auto run = [&](int64_t begin, int64_t end) {
-    kernel(group, begin * block, end * block < positions ? end * block : positions);
+    kernels.slot(group, begin * block, end * block < positions ? end * block : positions);
   };
   if (positions < 2 * block)
     run(0, (positions + block - 1) / block);

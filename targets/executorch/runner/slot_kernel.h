@@ -33,3 +33,27 @@ void slot(const Group& group, int64_t begin, int64_t end) {
   for (; begin + M <= end; begin += M) slot_positions<M, T>(group, begin);
   for (; begin < end; ++begin) slot_positions<1, T>(group, begin);
 }
+
+/// One position in two steps that threads can share. First rows [begin, end) of all downs, which lie one below the other;
+template <typename T>
+void slot_down(const Group& group, float* h, int64_t begin, int64_t end) {
+  const T* rows = static_cast<const T*>(group.rows) + begin * group.inputs;
+  dots<1>(group.x, group.inputs, rows, group.inputs, group.inputs, end - begin, h + begin, 0);
+}
+
+/// then outputs [begin, end) of all members, counted on from member to member.
+template <typename T>
+void slot_up(const Group& group, const float* h, int64_t begin, int64_t end) {
+  const T* up = static_cast<const T*>(group.rows) + group.rank * group.inputs * int64_t(group.outs.size());
+  for (size_t j = 0; j < group.outs.size(); ++j) {
+    const int64_t outputs = group.outs[j], first = begin > 0 ? begin : 0, last = end < outputs ? end : outputs;
+    if (first < last) {
+      const int64_t at = group.columns[j] + first;
+      sums<1>(h + int64_t(j) * group.rank, 0, up + first, outputs, group.rank, group.y + at, group.out + at, 0,
+              last - first);
+    }
+    begin -= outputs;
+    end -= outputs;
+    up += group.rank * outputs;
+  }
+}
