@@ -25,8 +25,8 @@ side. This page is what it printed.
   grows with each layer, so 2 and 4 layers are lowered and 30 are extrapolated from these in a straight
   line; `python -m tests.bench --upstream-full` lowers and runs all of them.
 - **llama.cpp** has Q4_0 linears and fp16 adapters that can be swapped. Its quantiser holds an embedding
-  of this width as Q8_0; the rows with a Q4_0 embedding read as few bytes as ONNX Runtime's. Goals compare
-  with Q8_0, as large as the embedding of ours in ExecuTorch.
+  of this width as Q8_0; the rows with a Q4_0 embedding read as few bytes as ours. ExecuTorch's goals compare
+  with these, ONNX Runtime's with the others.
 
 A round is a prefill of 128 tokens and 64 tokens after it, one system after the other; a system's token is
 the median of its 64. The native runner measures its three rows in one process per round, by its own clock

@@ -14,6 +14,8 @@ from .results import (
     BUILDER_ADAPTER,
     LLAMA,
     LLAMA_ADAPTER,
+    LLAMA_Q4,
+    LLAMA_Q4_ADAPTER,
     NATIVE,
     NATIVE_ADAPTER,
     NATIVE_MIX,
@@ -52,6 +54,8 @@ RESULTS = Results(
         NATIVE_MIX: _speed(9, 36, 36, prefill_ms=None),
         LLAMA: _speed(10, 40, 40),
         LLAMA_ADAPTER: _speed(12, 48, 48),
+        LLAMA_Q4: _speed(10, 40, 40),
+        LLAMA_Q4_ADAPTER: _speed(12, 48, 48),
     },
     exports={
         OURS: [Run(20.0, 30.0, 1_000_000_000)] * 2,
