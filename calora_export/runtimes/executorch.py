@@ -55,11 +55,9 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
     """Write `rows` [R · width] and `recovery` [R]. The same adapter gives the same bytes."""
     matrices = []
     for group in _groups(slots):
-        zero = np.zeros
-        found = [adapter.sites.get(slot.site) for slot in group]
-        downs = [zero((adapter.rank, s.inputs)) if r is None else r.down for s, r in zip(group, found, strict=True)]
-        ups = [zero((adapter.rank, s.outputs)) if r is None else r.up.T for s, r in zip(group, found, strict=True)]
-        matrices += [*downs, *ups]
+        found = [(slot, adapter.sites.get(slot.site)) for slot in group]
+        matrices += [np.zeros((adapter.rank, slot.inputs)) if rows is None else rows.down for slot, rows in found]
+        matrices += [np.zeros((adapter.rank, slot.outputs)) if rows is None else rows.up.T for slot, rows in found]
     dtype = STORED[slots.dtype]
     rows = np.concatenate([np.ravel(matrix).astype(dtype) for matrix in matrices] or [np.zeros(0, dtype)])
     arrays = {"rows": rows, "recovery": adapter.recovery.astype(np.float32)}
@@ -100,7 +98,7 @@ def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
     gate = torch.cat([none, *(rows.gate * gate for rows, gate in parts)])
     if len(parts) == 1:
         return Rows(parts[0][0].rows, gate, parts[0][0].recovery)
-    matrices = [_matrices(rows, slots) for rows, _ in parts]
+    matrices = [_parts(rows, _shapes(slots, len(rows.gate))) for rows, _ in parts]
     joined = [torch.cat(alike).flatten() for alike in zip(*matrices, strict=True)]
     rows = torch.cat([none.to(DTYPES[slots.dtype]), *joined])
     return Rows(rows, gate, torch.cat([none, *(rows.recovery for rows, _ in parts)]))
@@ -115,13 +113,12 @@ def adapter_inputs(rows: Rows, slots: Slots, kernels: str) -> list[Tensor]:
     shapes: list[tuple[int, ...]] = []
     for group in _groups(slots):
         shapes += [(len(group) * rank, group[0].inputs), *((1, rank, slot.outputs) for slot in group)]
+    return [*_parts(rows, shapes), rows.gate, rows.recovery]
+
+
+def _parts(rows: Rows, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of the rows, one after the other."""
     parts = rows.rows.split([math.prod(shape) for shape in shapes])
-    return [*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), rows.gate, rows.recovery]
-
-
-def _matrices(rows: Rows, slots: Slots) -> list[Tensor]:
-    shapes = _shapes(slots, len(rows.gate))
-    parts = rows.rows.split([a * b for a, b in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -183,13 +183,9 @@ class Method:
         """The number of the integer that an operator makes of these; computed where it is first asked for."""
         key = (operator, *arguments)
         if key not in self._known:
-            self._known[key] = self.result()
+            self._known[key] = self._value(schema.Int(0))
             self.call(operator, [*arguments, self._known[key]])
         return self._known[key]
-
-    def result(self) -> int:
-        """An integer that an instruction computes."""
-        return self._value(schema.Int(0))
 
     def _tensor(self, kind: ScalarType, shape: Sequence[int], *, dynamic: bool, buffer: int = 0) -> int:
         dynamism = schema.TensorShapeDynamism.DYNAMIC_BOUND if dynamic else schema.TensorShapeDynamism.STATIC
