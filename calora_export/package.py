@@ -164,6 +164,18 @@ class Package:
                 lines.append(mismatch(name, "sha256", entry.sha256, found.sha256))
         return lines
 
+    def require_router(self) -> RouterEntry:
+        """The router, or one line that says there is none."""
+        if self.manifest.router is None:
+            raise PackageError(mismatch(FILE, "router", "a router", "none", "name an adapter instead"))
+        return self.manifest.router
+
+    def require_room(self, total: int) -> None:
+        """Refuse more tokens than the model has positions."""
+        if total > self.manifest.model.context:
+            expected = f"at most {self.manifest.model.context} tokens of prompt and answer"
+            raise PackageError(mismatch(FILE, "model.context", expected, total))
+
     def require_fingerprint(self, adapter: str, fingerprint: str) -> None:
         """Refuse an adapter that was trained for another base."""
         if fingerprint != self.manifest.base_fingerprint:

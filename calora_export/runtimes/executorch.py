@@ -183,9 +183,7 @@ class ExecutorchSession:
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
         total = self._length + len(ids)
-        if total > self._manifest.model.context:
-            expected = f"at most {self._manifest.model.context} tokens of prompt and answer"
-            raise PackageError(mismatch("package.json", "model.context", expected, total))
+        self._package.require_room(total)
         logits = np.zeros(0)
         for start in range(0, len(ids), self._manifest.settings.chunk):
             part = ids[start : start + self._manifest.settings.chunk]
@@ -195,9 +193,7 @@ class ExecutorchSession:
         return logits
 
     def route(self, ids: Sequence[int]) -> np.ndarray:
-        router = self._manifest.router
-        if router is None:
-            raise PackageError(mismatch("package.json", "router", "a router", "none", "name an adapter instead"))
+        router = self._package.require_router()
         if self._router is None:
             self._router = _open(self._package.path / router.file, "forward")
         return self._router.execute([torch.tensor([list(ids)])])[0].numpy()

@@ -165,9 +165,7 @@ class OnnxSession:
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
         total = self._cache.length + len(ids)
-        if total > self._manifest.model.context:
-            expected = f"at most {self._manifest.model.context} tokens of prompt and answer"
-            raise PackageError(mismatch("package.json", "model.context", expected, total))
+        self._package.require_room(total)
         self._binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         self._binding.bind_output("logits")
@@ -176,9 +174,7 @@ class OnnxSession:
         return self._binding.get_outputs()[0].numpy()[0]
 
     def route(self, ids: Sequence[int]) -> np.ndarray:
-        router = self._manifest.router
-        if router is None:
-            raise PackageError(mismatch("package.json", "router", "a router", "none", "name an adapter instead"))
+        router = self._package.require_router()
         if self._router is None:
             self._router = _open(self._package.path / router.file, self._threads)
         return np.asarray(self._router.run(["gates"], {"ids": np.array([ids], np.int64)})[0])

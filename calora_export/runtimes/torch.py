@@ -138,10 +138,7 @@ class TorchSession:
         self._cache = [torch.zeros(1, model.kv_heads, 0, model.head_dim)] * (2 * model.layers)
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
-        context, total = self._manifest.model.context, self._cache[0].shape[2] + len(ids)
-        if total > context:
-            expected = f"at most {context} tokens of prompt and answer"
-            raise PackageError(mismatch("package.json", "model.context", expected, total))
+        self._package.require_room(self._cache[0].shape[2] + len(ids))
         rows = self._rows
         logits, *self._cache = self._model(
             torch.tensor([list(ids)]), *self._cache, *rows.downs, *rows.ups, rows.gate, rows.recovery
@@ -149,9 +146,7 @@ class TorchSession:
         return logits[0].numpy()
 
     def route(self, ids: Sequence[int]) -> np.ndarray:
-        router = self._manifest.router
-        if router is None:
-            raise PackageError(mismatch("package.json", "router", "a router", "none", "name an adapter instead"))
+        router = self._package.require_router()
         if self._router is None:
             self._router = program.read(self._package.path / router.file)
         return self._router(torch.tensor([list(ids)]))[0].numpy()
