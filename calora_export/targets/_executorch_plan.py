@@ -17,7 +17,6 @@ from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
-from calora_export.package import SlotTensor
 from calora_export.targets import _nodes
 from calora_export.targets._executorch_steps import (
     Attention,
@@ -41,19 +40,6 @@ class Plan:
     constants: Mapping[str, np.ndarray]
     caches: Mapping[str, Shape]
     logits: Ref
-
-
-def slot_tensors(graph: Graph) -> tuple[SlotTensor, ...]:
-    """Every slot in the order in which adapter files hold it: group by group, first their downs, then their ups."""
-    roles, sizes = graph.roles(), {slot.site: slot for slot in graph.slots}
-    tensors: list[SlotTensor] = []
-    for node in _nodes.calls(graph):
-        sites = [site for _, site in _nodes.slot_sites(roles, node)] if node.target is CALORA.linears.default else []
-        prefix = "+".join([*sites[:1], *(site.split(".")[-1] for site in sites[1:])])
-        for i, site in enumerate(sites):
-            slot = sizes[site]
-            tensors.append(SlotTensor(site, f"{prefix}.down", i, len(sites), f"{site}.up", slot.inputs, slot.outputs))
-    return tuple(tensors)
 
 
 def plan(graph: Graph, kind: Kind, *, slots: bool) -> Plan:

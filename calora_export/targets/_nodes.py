@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from calora_export.graph import Graph
+from calora_export.package import SlotTensor
 
 ATEN, CALORA = torch.ops.aten, torch.ops.calora
 VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
@@ -123,6 +124,19 @@ def slot_sites(roles: dict[str, str], linears: Node) -> list[tuple[int, str]]:
     members = [integer(index) for index in items(linears.args[4])]
     sites = [roles[node(down).name].removeprefix("down.") for down in items(linears.args[5])]
     return list(zip(members, sites, strict=True))
+
+
+def slot_tensors(graph: Graph) -> tuple[SlotTensor, ...]:
+    """Every slot in the order in which adapter files hold it: group by group, first their downs, then their ups."""
+    roles, sizes = graph.roles(), {slot.site: slot for slot in graph.slots}
+    tensors: list[SlotTensor] = []
+    for node in calls(graph):
+        sites = [site for _, site in slot_sites(roles, node)] if node.target is CALORA.linears.default else []
+        prefix = "+".join([*sites[:1], *(site.split(".")[-1] for site in sites[1:])])
+        for i, site in enumerate(sites):
+            slot = sizes[site]
+            tensors.append(SlotTensor(site, f"{prefix}.down", i, len(sites), f"{site}.up", slot.inputs, slot.outputs))
+    return tuple(tensors)
 
 
 def member(getitem: Node) -> tuple[Node, int]:

@@ -15,8 +15,8 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import Origin, _executorch_llm, _executorch_portable
-from calora_export.targets._executorch_plan import Plan, plan, slot_tensors
+from calora_export.targets import Origin, _executorch_llm, _executorch_portable, _nodes
+from calora_export.targets._executorch_plan import Plan, plan
 from calora_export.targets._executorch_program import Method, Program
 from calora_export.targets._executorch_steps import Bounds, Frame, Inside, Kind, Outside, Ref
 from calora_export.targets._xnnpack import SEQUENCE, Shape, Subgraph
@@ -28,7 +28,7 @@ LONGEST_TEXT = 4096  # tokens that a router reads at once
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.pte; return where adapter files hold each slot."""
-    kind, tensors = KINDS[recipe.kernels], slot_tensors(graph)
+    kind, tensors = KINDS[recipe.kernels], _nodes.slot_tensors(graph)
     bounds = Bounds(min(recipe.chunk, graph.shape.context), graph.shape.context, recipe.rank_budget)
     program = Program()
     program.add(_method("forward", plan(graph, kind, slots=False), program, bounds))
