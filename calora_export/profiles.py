@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from calora_export import bundle as bundles
 from calora_export import recipe as recipes
 from calora_export import resources
 from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
+ComputeUnits = Literal["all", "cpuAndGPU", "cpuAndNeuralEngine", "cpuOnly"]
+System = Literal["Android", "Linux", "iOS", "iPadOS", "macOS"]
+Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)*$")]
+Megabytes = Annotated[int, Meta(ge=1)]
+
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One device. memory_mb is what an app may use; targets are those that run there."""
+    """One device. targets are those that run there; sources: field → where its value was published.
+
+    memory_mb is what an app may use, ram_mb what is built in, both in 2^20 bytes. os_floor is the oldest version of the
+    OS that the app supports there. compute_units is what Core ML may use, as MLComputeUnits names them.
+    """
 
     kind: str
     description: str
     targets: tuple[str, ...]
-    memory_mb: int | None = None
+    soc: str | None = None
+    ram_mb: Megabytes | None = None
+    memory_mb: Megabytes | None = None
+    os: System | None = None
+    os_floor: Version | None = None
+    compute_units: ComputeUnits | None = None
+    sources: Mapping[str, str] = {}
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that an app may use; without a published limit, all that is built in."""
+        known = self.memory_mb or self.ram_mb
+        return None if known is None else known * 2**20
 
 
 def load(name: str) -> Profile:
