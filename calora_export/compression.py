@@ -34,12 +34,20 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """`q` int8 [out, in] in [-2^(bits-1), 2^(bits-1)); `scale` [out, in / group_size], dtype as stored."""
+    """`q` int8 [out, in] in [-2^(bits-1), 2^(bits-1)); `scale` [out, in / group_size], dtype as stored.
+
+    `zero` int8 [out, in / group_size]: zero points in the range of q, None for a symmetric weight. `codebook` float32
+    [2^bits]: q are positions in it, from 0 (NF4). `order` int64 [in]: the input feature that each column of q is for,
+    where a quantiser sorted them (GPTQ's act-order).
+    """
 
     q: np.ndarray
     scale: np.ndarray
     bits: int
     group_size: int
+    zero: np.ndarray | None = None
+    codebook: np.ndarray | None = None
+    order: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,10 +55,14 @@ class PackedWeight:
         return self.q.shape[0], self.q.shape[1]
 
     def dequantize(self) -> np.ndarray:
-        """float32 [out, in] = q · scale"""
+        """float32 [out, in] = (q - zero) · scale or codebook[q] · scale, columns in the input's own order"""
         rows, columns = self.shape
-        groups = self.q.reshape(rows, columns // self.group_size, self.group_size)
-        return (groups * self.scale.astype(np.float32)[:, :, None]).reshape(rows, columns)
+        values = self.q.astype(np.float32) if self.codebook is None else self.codebook[self.q]
+        groups = values.reshape(rows, columns // self.group_size, self.group_size)
+        if self.zero is not None:
+            groups = groups - self.zero.astype(np.float32)[:, :, None]
+        made = (groups * self.scale.astype(np.float32)[:, :, None]).reshape(rows, columns)
+        return made if self.order is None else made[:, np.argsort(self.order)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from unittest.mock import patch
 
 import numpy as np
@@ -72,15 +72,42 @@ class _Pass:
     inputs: list[tuple[str, Tensor]] | None = None
 
 
+@dataclass(frozen=True)
+class Held:
+    """A weight's tensors as the operators take them (`ops`): what there is not is empty, or None."""
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    codebook: Tensor | None = None
+    order: Tensor | None = None
+
+    @staticmethod
+    def of(weight: Weight) -> Held:
+        if isinstance(weight, PackedWeight):
+            scale = torch.from_numpy(np.asarray(weight.scale, dtype=np.float32))
+            rest = (_optional(part) for part in (weight.zero, weight.codebook, weight.order))
+            return Held(torch.from_numpy(weight.q), scale, *rest)
+        return Held(torch.from_numpy(np.array(weight.values, dtype=np.float32)), torch.zeros(0))
+
+    def register(self, module: nn.Module) -> None:
+        """Make them buffers of a module."""
+        for part in fields(self):
+            module.register_buffer(part.name, getattr(self, part.name))
+
+
+def _optional(array: np.ndarray | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
 class Linear(nn.Module):
     """Stands where the library's nn.Linear stood: weight [out, in] dense or packed, bias [out] or empty."""
 
-    def __init__(self, site: str, weight: Tensor, scale: Tensor, bias: Tensor, current: _Current) -> None:
+    def __init__(self, site: str, held: Held, bias: Tensor, current: _Current) -> None:
         super().__init__()
         self.site = site
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        self.out_features, self.in_features = held.weight.shape
+        held.register(self)
         self.register_buffer("bias", bias)
         self.group = Group((self,), current, "float")
 
@@ -112,31 +139,38 @@ class Group:
     def _compute(self, x: Tensor) -> list[Tensor]:
         rows = self._current.value.rows
         slotted = [i for i, site in enumerate(self.sites) if site in rows.sites]
+
+        def each(name: str) -> list[Tensor]:
+            return [member.get_buffer(name) for member in self.members]
+
         return ops.linears(
             x,
-            [member.get_buffer("weight") for member in self.members],
-            [member.get_buffer("scale") for member in self.members],
-            [member.get_buffer("bias") for member in self.members],
+            each("weight"),
+            each("scale"),
+            each("bias"),
             slotted,
             [rows.sites[self.sites[i]][0] for i in slotted],
             [rows.sites[self.sites[i]][1] for i in slotted],
             rows.gate,
             rows.recovery,
             self.activations,
+            each("zero"),
+            each("codebook"),
+            each("order"),
         )
 
 
 class Embedding(nn.Module):
     """The token table, dense or packed, times a constant that some families apply (1 for most)."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, factor: float) -> None:
+    def __init__(self, held: Held, factor: float) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        held.register(self)
         self.factor = factor
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = ops.embedding(ids, self.get_buffer("weight"), self.get_buffer("scale"))
+        parts = [self.get_buffer(name) for name in ("weight", "scale", "zero", "codebook")]
+        rows = ops.embedding(ids, *parts)
         return rows if self.factor == 1.0 else rows * self.factor
 
 
@@ -342,12 +376,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def _tensors(weight: Weight) -> tuple[Tensor, Tensor]:
-    if isinstance(weight, PackedWeight):
-        return torch.from_numpy(weight.q), torch.from_numpy(np.asarray(weight.scale, dtype=np.float32))
-    return torch.from_numpy(np.array(weight.values, dtype=np.float32)), torch.zeros(0)
-
-
 def _replace_weights(
     lm: transformers.PreTrainedModel,
     bundle: Bundle,
@@ -357,26 +385,28 @@ def _replace_weights(
 ) -> dict[str, Linear]:
     """Put ours in the place of every nn.Linear and the token table; load what is left. Returns the linears by site."""
     linears: dict[str, Linear] = {}
-    table: tuple[Tensor, Tensor] | None = None
+    table: Held | None = None
     head = next((name for name, module in lm.named_modules() if module is lm.get_output_embeddings()), "lm_head")
     for name, module in list(lm.named_modules()):
         if isinstance(module, nn.Embedding):
             if module is not lm.get_input_embeddings():
                 raise UnsupportedError(mismatch("base/", name, "no embedding but that of the tokens", "another one"))
-            table = _tensors(weight_of(name))
-            lm.set_submodule(name, Embedding(*table, _factor(module)))
+            table = Held.of(weight_of(name))
+            if table.order is not None:
+                raise UnsupportedError(mismatch("base/", name, "columns in order", "a table in activation order"))
+            lm.set_submodule(name, Embedding(table, _factor(module)))
         elif isinstance(module, nn.Linear):
             shared = tied and name == head
             if shared and table is None:
                 raise UnsupportedError(mismatch("base/config.json", "tie_word_embeddings", "a token table", "none"))
-            weight, scale = table if shared and table else _tensors(weight_of(name))
-            if tuple(weight.shape) != (module.out_features, module.in_features):
+            held = table if shared and table else Held.of(weight_of(name))
+            if tuple(held.weight.shape) != (module.out_features, module.in_features):
                 expected = [module.out_features, module.in_features]
-                raise BundleError(mismatch("base/", f"{name}.weight", expected, list(weight.shape)))
+                raise BundleError(mismatch("base/", f"{name}.weight", expected, list(held.weight.shape)))
             bias = torch.zeros(0)
             if module.bias is not None:
                 bias = torch.from_numpy(np.array(bundle.base.float32(f"{name}.bias")))
-            linears[name] = Linear(name, weight, scale, bias, current)
+            linears[name] = Linear(name, held, bias, current)
             lm.set_submodule(name, linears[name])
     for name, param in list(lm.named_parameters()):
         if param.is_meta and name in bundle.base.names():

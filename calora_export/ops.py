@@ -7,7 +7,8 @@ A target lowers each of these to what its runtime does best. Everything else in 
     rms_norm   root mean square norm (arXiv 1910.07467)
     attention  rotary embedding, KV cache and grouped-query attention (arXiv 2305.13245) in one
 
-Weights are dense (float, with an empty scale) or packed (int8 values, scale [out, in / group]).
+Weights are dense (float, with an empty scale) or packed: int8 values with scale [out, in / group], and where there are
+such, zero points int8 [out, in / group], a codebook [codes] that the values are positions in, an order of the columns.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """Dense fp32 [out, in] of a weight held as int8 values and scale [out, groups]; a dense weight passes through."""
+def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
+    """fp32 [out, in] of a packed weight, (q - zero) · scale or codebook[q] · scale; a dense one passes through."""
     if scale.numel() == 0:
         return weight
     out, columns = weight.shape
-    grouped = weight.view(out, scale.shape[1], -1).float() * scale.float().unsqueeze(-1)
-    return grouped.view(out, columns)
+    values = weight.float() if codebook is None else codebook[weight.int()]
+    grouped = values.view(out, scale.shape[1], -1)
+    if zero is not None:
+        grouped = grouped - zero.float().unsqueeze(-1)
+    return (grouped * scale.float().unsqueeze(-1)).view(out, columns)
 
 
 def round_activations(x: Tensor, kind: str, block: int) -> Tensor:
@@ -64,17 +68,24 @@ def linears(
     gate: Tensor,
     recovery: Tensor,
     activations: str,
+    zeros: list[Tensor | None],
+    codebooks: list[Tensor | None],
+    orders: list[Tensor | None],
 ) -> list[Tensor]:
     """y_i = base_i(x) + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
 
     x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
-    linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x.
+    linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x. zeros[i], codebooks[i] as
+    in `dequantize`; orders[i] int64 [in]: which feature of x each column of weights[i] is for.
     Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
     """
     ys = []
-    for weight, scale, bias in zip(weights, scales, biases, strict=True):
-        seen = round_activations(x, activations, x.shape[-1] // scale.shape[1]) if scale.numel() else x
-        ys.append(F.linear(seen, dequantize(weight, scale), bias if bias.numel() else None))
+    forms = zip(weights, scales, biases, zeros, codebooks, orders, strict=True)
+    for weight, scale, bias, zero, codebook, order in forms:
+        seen = x if order is None else x[..., order]
+        if scale.numel():
+            seen = round_activations(seen, activations, x.shape[-1] // scale.shape[1])
+        ys.append(F.linear(seen, dequantize(weight, scale, zero, codebook), bias if bias.numel() else None))
     for index, down, up in zip(slotted, downs, ups, strict=True):
         rows = F.linear(x, down)
         rows = torch.where(recovery, F.gelu(rows), rows) * gate
@@ -83,21 +94,24 @@ def linears(
 
 
 @linears.register_fake
-def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activations):
+def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activations, zeros, codebooks, orders):
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
 @torch.library.custom_op("calora::embedding", mutates_args=())
-def embedding(ids: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def embedding(
+    ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: Tensor | None = None
+) -> Tensor:
     """Rows of a table: ids [...] → [..., dim]; weight [vocab, dim], dense or packed."""
     if scale.numel() == 0:
         return F.embedding(ids, weight).clone()
-    rows = dequantize(weight[ids.flatten()], scale[ids.flatten()])
+    flat = ids.flatten()
+    rows = dequantize(weight[flat], scale[flat], None if zero is None else zero[flat], codebook)
     return rows.view(*ids.shape, -1)
 
 
 @embedding.register_fake
-def _(ids, weight, scale):
+def _(ids, weight, scale, zero=None, codebook=None):
     return torch.empty(*ids.shape, weight.shape[1], dtype=torch.float32, device=ids.device)
 
 

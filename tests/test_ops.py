@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from calora_export import ops
-from calora_export.compression import quantize_symmetric
+from calora_export.compression import PackedWeight, quantize_symmetric
 
 EMPTY = torch.zeros(0)
+PLAIN = ([None], [None], [None])  # neither zero points nor a codebook nor an order
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def unpacked(q: Tensor, scale: Tensor) -> Tensor:
 
 def slotless(x: Tensor, weight: Tensor, scale: Tensor, activations: str = "float") -> Tensor:
     none = torch.zeros(0, dtype=torch.bool)
-    return ops.linears(x, [weight], [scale], [EMPTY], [], [], [], EMPTY, none, activations)[0]
+    return ops.linears(x, [weight], [scale], [EMPTY], [], [], [], EMPTY, none, activations, *PLAIN)[0]
 
 
 def gelu(x: float) -> float:
@@ -52,13 +53,50 @@ def test_dequantize(draw: torch.Generator) -> None:
     assert ops.dequantize(dense, EMPTY) is dense
 
 
+def test_dequantize_takes_zero_points_off(draw: torch.Generator) -> None:
+    q, scale = packed(draw, 6, 48)
+    zero = torch.randint(-8, 8, scale.shape, generator=draw).to(torch.int8)
+    pairs = [[(q[i, j] - zero[i, j // 16].int(), scale[i, j // 16]) for j in range(48)] for i in range(6)]
+    expected = [[difference.item() * step.item() for difference, step in row] for row in pairs]
+    assert torch.equal(ops.dequantize(q, scale, zero), torch.tensor(expected))
+    held = PackedWeight(q.numpy(), scale.numpy(), 4, 16, zero.numpy())
+    assert np.array_equal(held.dequantize(), np.array(expected, np.float32))
+
+
+def test_dequantize_looks_values_up(draw: torch.Generator) -> None:
+    codes, scale = torch.randint(0, 16, (6, 48), generator=draw).to(torch.int8), normal(draw, 6, 3).abs()
+    book = normal(draw, 16)
+    expected = [[book[codes[i, j]].item() * scale[i, j // 16].item() for j in range(48)] for i in range(6)]
+    assert torch.equal(ops.dequantize(codes, scale, None, book), torch.tensor(expected))
+    held = PackedWeight(codes.numpy(), scale.numpy(), 4, 16, codebook=book.numpy())
+    assert np.array_equal(held.dequantize(), np.array(expected, np.float32))
+
+
+def test_columns_may_stand_in_an_order_of_their_own(draw: torch.Generator) -> None:
+    """A group is of columns that were sorted together; the input is gathered, and rounded in the blocks that are read."""
+    x, order = normal(draw, 3, 32), torch.randperm(32, generator=draw)
+    q, scale = packed(draw, 4, 32)
+    dense = torch.empty(4, 32)
+    dense[:, order] = unpacked(q, scale)
+    none = torch.zeros(0, dtype=torch.bool)
+
+    def run(activations: str) -> Tensor:
+        forms = ([None], [None], [order])
+        return ops.linears(x, [q], [scale], [EMPTY], [], [], [], EMPTY, none, activations, *forms)[0]
+
+    torch.testing.assert_close(run("float"), F.linear(x, dense), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run("int8_block"), slotless(x[:, order], q, scale, "int8_block"))
+    held = PackedWeight(q.numpy(), scale.numpy(), 4, 16, order=order.numpy())
+    assert np.array_equal(held.dequantize(), dense.numpy())
+
+
 def test_linears_is_the_slot_contract(draw: torch.Generator) -> None:
     """A dense layer with bias, a packed one without, slots on one of them, three rows, of which one is recovery."""
     x, weight, bias = normal(draw, 2, 5, 32), normal(draw, 8, 32), normal(draw, 8)
     q, scale = packed(draw, 7, 32)
     down, up = normal(draw, 3, 32), normal(draw, 7, 3)
     gate, recovery = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([False, True, False])
-    args = ([weight, q], [EMPTY, scale], [bias, EMPTY], [1], [down], [up], gate, recovery, "float")
+    args = ([weight, q], [EMPTY, scale], [bias, EMPTY], [1], [down], [up], gate, recovery, "float", *[[None, None]] * 3)
     dense, slotted = ops.linears(x, *args)
 
     exact = x.double()
@@ -72,7 +110,7 @@ def test_linears_is_the_slot_contract(draw: torch.Generator) -> None:
 def test_rank_0_changes_no_bit(draw: torch.Generator) -> None:
     x, weight = normal(draw, 4, 32), normal(draw, 8, 32)
     none, down, up = torch.zeros(0, dtype=torch.bool), torch.zeros(0, 32), torch.zeros(8, 0)
-    slotted = ops.linears(x, [weight], [EMPTY], [EMPTY], [0], [down], [up], EMPTY, none, "float")[0]
+    slotted = ops.linears(x, [weight], [EMPTY], [EMPTY], [0], [down], [up], EMPTY, none, "float", *PLAIN)[0]
     assert torch.equal(slotted, F.linear(x, weight))
 
 
@@ -102,6 +140,11 @@ def test_embedding_looks_up_rows(draw: torch.Generator, bits: int) -> None:
     dense = unpacked(q, scale)
     assert torch.equal(ops.embedding(ids, q, scale), F.embedding(ids, dense))
     assert torch.equal(ops.embedding(ids, dense, EMPTY), F.embedding(ids, dense))
+    zero = torch.randint(-8, 8, scale.shape, generator=draw).to(torch.int8)
+    assert torch.equal(ops.embedding(ids, q, scale, zero), F.embedding(ids, ops.dequantize(q, scale, zero)))
+    codes, book = (q.int() & 15).to(torch.int8), normal(draw, 16)
+    expected = F.embedding(ids, ops.dequantize(codes, scale, None, book))
+    assert torch.equal(ops.embedding(ids, codes, scale, None, book), expected)
 
 
 def test_rms_norm_equals_that_of_transformers(draw: torch.Generator) -> None:
@@ -187,7 +230,7 @@ def test_the_traced_shapes_are_the_real_ones(draw: torch.Generator) -> None:
     tests = ("test_schema", "test_faketensor")
     x, (q, scale), weight = normal(draw, 1, 4, 32), packed(draw, 6, 32), normal(draw, 8, 32)
     rows = ([normal(draw, 3, 32)], [normal(draw, 6, 3)], torch.ones(3), torch.tensor([True, False, True]))
-    linears = (x, [weight, q], [EMPTY, scale], [normal(draw, 8), EMPTY], [1], *rows, "int8_block")
+    linears = (x, [weight, q], [EMPTY, scale], [normal(draw, 8), EMPTY], [1], *rows, "int8_block", *[[None, None]] * 3)
     torch.library.opcheck(torch.ops.calora.linears, linears, test_utils=tests)
     torch.library.opcheck(torch.ops.calora.rms_norm, (x, normal(draw, 32), 1e-5), test_utils=tests)
     for table in ((q, scale), (weight, EMPTY)):

@@ -113,12 +113,11 @@ class _Walk:
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
     def lower_embedding(self, node: Node) -> None:
-        weight, scale = (self.graph.tensors[self._role(arg)] for arg in node.args[1:])
-        held = Weight("", weight, scale, scale.new_zeros(0))
+        held = _nodes.table(self.graph, self.roles, node)
         self.steps.constants["table"] = _table(held)
         if held.bits:  # always fp32: the operators take the scales to be of the type of their output
-            self.steps.constants["table_scale"] = scale.numpy()
-        bits, shape = held.bits, (1, SEQUENCE, weight.shape[1])
+            self.steps.constants["table_scale"] = held.scale.numpy()
+        bits, shape = held.bits, (1, SEQUENCE, held.values.shape[1])
 
         def call(frame: Frame, _: Sequence[int], output: int) -> None:
             method, table = frame.method, frame.named["table"]
@@ -297,7 +296,7 @@ def _swapped(graph: Subgraph, values: Sequence[Value]) -> Value:
 def _stacked(weights: Sequence[Weight]) -> Filter:
     """Weights of one layout, one below the other."""
     values = np.concatenate([weight.values.numpy() for weight in weights])
-    bits, _, biased = weights[0].layout
+    bits, biased = weights[0].bits, weights[0].layout.biased
     scale = np.concatenate([weight.scale.numpy() for weight in weights]) if bits else None
     return Filter(values, scale, bits or 32, np.concatenate([w.bias.numpy() for w in weights]) if biased else None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,34 +21,57 @@ SAME = (ATEN.to.dtype, ATEN.contiguous.default, ATEN.dropout.default)
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a weight is held: what is alike in all of these can be one matmul. group is 0 for a dense weight."""
+
+    bits: int
+    group: int
+    biased: bool
+    asymmetric: bool
+    codebook: bytes
+    order: bytes
+
+
+@dataclass(frozen=True)
 class Weight:
-    """A linear layer's or the token table's weight: values [out, in], scale [out, groups] or empty, bias or empty."""
+    """A linear layer's or the token table's weight: values [out, in], scale [out, groups] or empty, bias or empty.
+
+    weight = (values - zero) · scale, zero int8 [out, groups] or None for 0; or codebook[values] · scale, codebook fp32
+    [2^bits]. order int64 [in]: which feature of the input each column is for, None for their own order.
+    """
 
     name: str
     values: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor
+    zero: torch.Tensor | None = None
+    codebook: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     @cached_property
     def bits(self) -> int:
-        """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers."""
+        """0 for a dense weight, else the fewest bits of 4 and 8 that hold its integers and zero points."""
         if self.scale.numel() == 0:
             return 0
-        integers = self.values.numpy()
-        return 4 if integers.min() >= -8 and integers.max() <= 7 else 8
+        if self.codebook is not None:
+            return len(self.codebook).bit_length() - 1
+        parts = [self.values.numpy(), *([] if self.zero is None else [self.zero.numpy()])]
+        return 4 if all(part.min() >= -8 and part.max() <= 7 for part in parts) else 8
 
     @property
-    def layout(self) -> tuple[int, int, bool]:
-        """Bits, group size and whether there is a bias: weights alike in these can be one matmul."""
+    def layout(self) -> Layout:
+        """What decides whether this and another weight can be one matmul."""
         group = self.values.shape[1] // self.scale.shape[1] if self.bits else 0
-        return self.bits, group, self.bias.numel() > 0
+        codebook, order = (b"" if part is None else part.numpy().tobytes() for part in (self.codebook, self.order))
+        return Layout(self.bits, group, self.bias.numel() > 0, self.zero is not None, codebook, order)
 
     def packed(self) -> np.ndarray:
-        """uint8 [out, groups, group · bits / 8], offset by 2^(bits-1), the first value in the low nibble."""
-        bits, group, _ = self.layout
-        unsigned = (self.values.numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-        grouped = unsigned.reshape(unsigned.shape[0], -1, group)
-        return grouped if bits == 8 else grouped[..., 0::2] | (grouped[..., 1::2] << 4)
+        """uint8 [out, groups, group · bits / 8], the first value in the low nibble; values that are no positions in a
+        codebook are offset by 2^(bits-1)."""
+        offset = 0 if self.codebook is not None else 1 << (self.bits - 1)
+        unsigned = (self.values.numpy().astype(np.int16) + offset).astype(np.uint8)
+        grouped = unsigned.reshape(unsigned.shape[0], -1, self.layout.group)
+        return grouped if self.bits == 8 else grouped[..., 0::2] | (grouped[..., 1::2] << 4)
 
 
 def calls(graph: Graph) -> list[Node]:
@@ -63,11 +86,20 @@ def results(graph: Graph) -> list[Node]:
 
 def weights(graph: Graph, roles: dict[str, str], linears: Node) -> list[Weight]:
     """The weights of a group of linear layers."""
-    found = []
-    for arguments in zip(*(items(arg) for arg in linears.args[1:4]), strict=True):
-        names = [roles[node(argument).name] for argument in arguments]
-        found.append(Weight(short(names[0]), *(graph.tensors[name] for name in names)))
-    return found
+    parts = [items(arg) for arg in (*linears.args[1:4], *linears.args[10:13])]
+    return [_weight(graph, roles, arguments) for arguments in zip(*parts, strict=True)]
+
+
+def table(graph: Graph, roles: dict[str, str], embedding: Node) -> Weight:
+    """The weight of the token table."""
+    values, scale, *rest = embedding.args[1:]
+    return replace(_weight(graph, roles, (values, scale, None, *rest)), bias=torch.zeros(0))
+
+
+def _weight(graph: Graph, roles: dict[str, str], arguments: Sequence[object]) -> Weight:
+    """From values, scale, bias, zero, codebook and order, where those at the end may be left out or None."""
+    tensors = [None if argument is None else graph.tensors[roles[node(argument).name]] for argument in arguments]
+    return Weight(short(roles[node(arguments[0]).name]), *tensors)  # type: ignore[arg-type]
 
 
 def live(outputs: Sequence[Node], operands: Callable[[Node], Sequence[Node]]) -> set[Node]:

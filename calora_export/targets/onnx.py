@@ -224,7 +224,7 @@ class _Lowering:
     def _matmul(self, x: ir.Value, weights: Sequence[Weight]) -> ir.Value:
         """x times the weights, one below the other."""
         first = weights[0]
-        bits, group, biased = first.layout
+        bits, group, biased = first.layout.bits, first.layout.group, first.layout.biased
         name = "+".join([first.name, *(weight.name.split(".")[-2] for weight in weights[1:])])
         rows, columns = sum(weight.values.shape[0] for weight in weights), first.values.shape[1]
         bias = self._stacked(f"{name}.bias", [weight.bias for weight in weights], [rows]) if biased else None
@@ -311,9 +311,8 @@ class _Lowering:
 
     def lower_embedding(self, node: Node) -> None:
         ids = self.value(node.args[0])
-        values, scale = (self.roles[_nodes.node(arg).name] for arg in node.args[1:])
-        weight = Weight(_nodes.short(values), self.graph.tensors[values], self.graph.tensors[scale], torch.zeros(0))
-        bits, group, _ = weight.layout
+        weight = _nodes.table(self.graph, self.roles, node)
+        bits, group = weight.layout.bits, weight.layout.group
         rows, columns = weight.values.shape
         if not bits:
             table = self.build.floats(weight.name, weight.values.numpy, [rows, columns])
