@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,7 +16,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
+from calora_export import importers
 from calora_export.errors import CaloraError
 from calora_export.version import VERSION
 
@@ -34,15 +38,30 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-imports = typer.Typer(help="Build a bundle from what trainers publish.", no_args_is_help=True)
-app.add_typer(imports, name="import")
-
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str, typer.Option("--device", help="Where to run: host, or host:native for the native runner.")]
 PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
+
+
+class Importers(TyperGroup):
+    """One command per module of importers/, imported when its help or itself is asked for."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return list(importers.names())
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | None:  # type: ignore[override]
+        if cmd_name not in importers.names():
+            return None
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(cmd_name)(import_command(importers.load(cmd_name).run))
+        return get_command(single)  # type: ignore[return-value]
+
+
+imports = typer.Typer(cls=Importers, help="Build a bundle from what trainers publish.", no_args_is_help=True)
+app.add_typer(imports, name="import")
 
 
 class Listable(StrEnum):
@@ -76,26 +95,6 @@ def demo(
             emit({"bundle": str(out_dir)})
         else:
             out.print(f"Wrote the demo bundle to {out_dir}. Next: calora-export inspect {out_dir}", markup=False)
-
-
-@imports.command("peft")
-def import_peft(
-    base: Annotated[Path, typer.Argument(help="A Hugging Face model directory.", show_default=False)],
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT adapter directories.", show_default=False)],
-    out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="The bundle's name; its directory's name by default.")] = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Build a bundle from a base model and PEFT LoRA adapters; an adapter's id is its directory's name."""
-    with reporting(debug):
-        from calora_export.importers import peft
-
-        peft.import_peft(base, adapters, out_dir, name)
-        if json:
-            emit({"bundle": str(out_dir), "adapters": [path.resolve().name for path in adapters]})
-        else:
-            out.print(f"Wrote {out_dir} with {len(adapters)} adapter(s).", markup=False)
 
 
 @app.command()
@@ -276,6 +275,26 @@ def list_things(
             emit({what.value: entries})
         else:
             show_rows(entries)
+
+
+def import_command(run: Callable[..., importers.Imported]) -> Callable[..., None]:
+    """An importer's `run` as a command: its own parameters and first line of help, then --json and --debug."""
+
+    def command(json: bool, debug: bool, **parameters: object) -> None:
+        with reporting(debug):
+            made = run(**parameters)
+            if json:
+                emit({"bundle": str(made.bundle), "adapters": made.adapters})
+            else:
+                out.print(f"Wrote {made.bundle} with {len(made.adapters)} adapter(s).", markup=False)
+
+    own = signature(run, eval_str=True)
+    switches = {"json": Json, "debug": Debug}
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=kind) for name, kind in switches.items()]
+    command.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+    command.__annotations__ = {name: parameter.annotation for name, parameter in own.parameters.items()} | switches
+    command.__doc__ = (run.__doc__ or "").partition("\n\n")[0]
+    return command
 
 
 # ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calora_export.importers.peft import import_peft
+from calora_export.importers.peft import run as import_peft
 from tests.bundles import write_json, write_tokenizer
 
 VOCAB, CONTEXT, LAYERS = 300, 64, 2

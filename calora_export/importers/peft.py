@@ -2,144 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
-from calora_export import adapter_format, strict_json
-from calora_export.adapter_format import SiteBranch
-from calora_export.bundle import load, read_base, read_base_config
-from calora_export.compression import WeightFormat
+from calora_export import adapter_format
 from calora_export.errors import BundleError, mismatch
-from calora_export.manifest import (
-    AdapterSpec,
-    BaseSpec,
-    Branch,
-    CompressionStep,
-    Manifest,
-    check_id,
-    write_manifest,
-)
-from calora_export.sites import collapse_sites
-
-_SMALL = (".json", ".txt", ".model", ".jinja")
-_SMALL_BYTES = 64 << 20  # the largest tokenizer.json in use has about half of that
+from calora_export.importers import Imported, _lowrank
+from calora_export.importers._draft import directory_ids, draft
+from calora_export.importers._options import Adapters, Base, Name, Out
+from calora_export.manifest import Branch
 
 
-class _WeightsIndex(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
+def run(base: Base, adapters: Adapters, out: Out, name: Name = None) -> Imported:
+    """PEFT LoRA adapters, with CA-LoRA's recovery branch beside them or not; an adapter's id is its directory's name.
 
-
-def import_peft(base: Path, adapters: Sequence[Path], out: Path, name: str | None = None) -> None:
-    """Write the bundle `out` from a model directory and adapter directories; no router, no tasks.
-
-    An adapter's id is its directory's name, its class_index its place in `adapters`. `out` appears only when
-    it is complete and passes the bundle's own checks. BundleError or UnsupportedError in one line.
+    No router and no tasks; an adapter's class_index is its place. BundleError or UnsupportedError in one line.
     """
-    ids = _ids(adapters)
-    _check_out(out)
-    if not base.is_dir():
-        raise BundleError(mismatch(base, "base", "a model directory", "a file" if base.exists() else "nothing"))
-    read_base_config(base, str(base))  # refuse what is not read before copying gigabytes
-    with _staged(out) as staging:
-        _copy_base(base, staging / "base")
-        tensors, formats, embeddings = read_base(staging / "base", "base")
-        if (bad := tensors.first_nonfinite()) is not None:
-            raise BundleError(mismatch(tensors.file_of(bad), bad, "finite values", "NaN or Inf"))
-        linears = {module: stored.shape for module, stored in formats.items() if module not in embeddings}
-        fingerprint = tensors.fingerprint()
-        specs: list[AdapterSpec] = []
+    ids = directory_ids(adapters)
+    with draft(base, out, name, "peft") as made:
         for identifier, source in zip(ids, adapters, strict=True):
-            branches = _import_adapter(source, staging / "adapters" / identifier, linears)
-            specs.append(AdapterSpec(identifier, identifier, len(specs), fingerprint, branches))
-        provenance: dict[str, object] = {"imported_from": "peft", "base": base.resolve().name}
-        manifest = Manifest(
-            schema_version=1,
-            name=name or out.resolve().name,
-            base=BaseSpec(fingerprint, _compression_steps(formats)),
-            adapters=tuple(specs),
-            router=None,
-            tasks=(),
-            provenance=provenance,
-        )
-        write_manifest(staging, manifest)
-        load(staging)
+            made.add(identifier, copy_adapter(source, made.adapter_dir(identifier), made.linears))
+    return Imported(out, tuple(ids))
 
 
-def _ids(adapters: Sequence[Path]) -> list[str]:
-    ids: list[str] = []
-    for path in adapters:
-        if not path.is_dir():
-            raise BundleError(mismatch(path, "adapter", "a directory", "a file" if path.exists() else "nothing"))
-        identifier = path.resolve().name
-        check_id(identifier, str(path), "directory name")
-        if identifier in ids:
-            raise BundleError(mismatch(path, "directory name", "an id of its own", f"{identifier} again"))
-        ids.append(identifier)
-    return ids
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        hint = "remove it, or choose another name"
-        raise BundleError(mismatch(out, "output", "a new or empty directory", "one with content", hint))
-
-
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A sibling of `out` to write into, renamed to `out` at the end; an error leaves nothing behind."""
-    target = out.resolve()
-    staging: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        staging.chmod(0o755)
-        yield staging
-        os.rename(staging, target)
-    except OSError as problem:
-        raise BundleError(mismatch(out, "output", "a bundle that can be written", problem.strerror)) from None
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _copy_base(base: Path, destination: Path) -> None:
-    destination.mkdir()
-    for name in _weight_files(base):
-        shutil.copyfile(base / name, destination / name)
-    for file in sorted(base.iterdir()):
-        small = file.suffix in _SMALL and file.is_file() and file.stat().st_size <= _SMALL_BYTES
-        if small and not file.name.startswith("adapter_"):
-            shutil.copyfile(file, destination / file.name)
-
-
-def _weight_files(base: Path) -> list[str]:
-    """The safetensors files that hold the model: some repositories carry a second copy in another layout."""
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(strict_json.read(index, _WeightsIndex, str(index)).weight_map.values()))
-        for shard in shards:
-            if Path(shard).name != shard or not (base / shard).is_file():
-                raise BundleError(mismatch(index, "weight_map", "files beside it", f"{shard}, which is not there"))
-        return shards
-    if (base / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    files = sorted(file.name for file in base.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(file.name for file in base.glob("*.bin"))
-        hint = "pickles are not loaded: save_pretrained the model again as safetensors" if pickles else ""
-        raise BundleError(mismatch(base, "*.safetensors", "at least one file", pickles[0] if pickles else "none", hint))
-    return files
-
-
-def _import_adapter(source: Path, destination: Path, linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:
+def copy_adapter(source: Path, destination: Path, linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:
     """Check and copy one adapter's two files; its branches."""
     config = adapter_format.read_config(source, str(source))
     tensors = adapter_format.open_weights(source, str(source))
@@ -147,38 +34,6 @@ def _import_adapter(source: Path, destination: Path, linears: Mapping[str, tuple
     if not branches:
         raise BundleError(mismatch(source / adapter_format.WEIGHTS, "tensors", "lora_A and lora_B", "none"))
     adapter_format.check_tensors(tensors, branches, linears)
-    destination.mkdir(parents=True)
     for name in (adapter_format.CONFIG, adapter_format.WEIGHTS):
         shutil.copyfile(source / name, destination / name)
-    return _collapse(branches, linears)
-
-
-def _collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:
-    """One branch per distinct role, rank, alpha, scale and activation; LoRA before recovery."""
-    groups: dict[tuple[object, ...], list[SiteBranch]] = {}
-    for branch in sorted(branches, key=lambda branch: branch.role):
-        key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act)
-        groups.setdefault(key, []).append(branch)
-    collapsed: list[Branch] = []
-    for members in groups.values():
-        first, sites = members[0], collapse_sites([member.site for member in members], linears)
-        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act))
-    return tuple(collapsed)
-
-
-def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[CompressionStep, ...]:
-    """One step per bits and group size that are stored; a group as wide as the row is one scale per row."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for module, stored in formats.items():
-        if stored.bits is not None and stored.group_size is not None:
-            per_row = stored.group_size == stored.shape[1]
-            groups.setdefault((stored.bits, 0 if per_row else stored.group_size), []).append(module)
-    return tuple(
-        CompressionStep(
-            scheme="int4" if bits == 4 else "int8",
-            sites=collapse_sites(modules, formats),
-            group_size=group_size or None,
-            symmetric=True,
-        )
-        for (bits, group_size), modules in sorted(groups.items())
-    )
+    return _lowrank.collapse(branches, linears)

@@ -1,0 +1,121 @@
+"""Low-rank adapters in memory: their arithmetic, and how they become an adapter directory.
+
+    y += scale · up(act(down x))        act = identity for LoRA, GELU or identity for recovery
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from calora_export import adapter_format
+from calora_export.adapter_format import SiteBranch
+from calora_export.manifest import Branch
+from calora_export.sites import collapse_sites, natural_key
+
+Act = Literal["identity", "gelu"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`down` float32 [r, in], `up` float32 [out, r]; `scale` is not yet in them."""
+
+    down: np.ndarray
+    up: np.ndarray
+    scale: float
+
+    @property
+    def r(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapter: pairs by site. `act` is the recovery branch's."""
+
+    lora: Mapping[str, Pair]
+    recovery: Mapping[str, Pair] = field(default_factory=dict)
+    act: Act = "gelu"
+
+
+def concatenate(pairs: Sequence[Pair]) -> Pair:
+    """One pair whose delta is the sum of theirs, exactly: ranks side by side, at the first one's scale."""
+    scale = pairs[0].scale
+    ups = [pair.up * np.float32(pair.scale / scale) if pair.scale != scale else pair.up for pair in pairs]
+    return Pair(np.concatenate([pair.down for pair in pairs]), np.concatenate(ups, axis=1), scale)
+
+
+def add(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
+    """The sum of several LoRAs, site by site; a site may miss in some of them."""
+    sites = sorted({site for adapter in adapters for site in adapter}, key=natural_key)
+    return {site: concatenate([adapter[site] for adapter in adapters if site in adapter]) for site in sites}
+
+
+def read(directory: Path, linears: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+    """The plain LoRA of a PEFT directory, checked against the base's layers."""
+    label = str(directory)
+    config, tensors = adapter_format.read_config(directory, label), adapter_format.open_weights(directory, label)
+    branches = adapter_format.stored_branches(tensors, config)
+    adapter_format.check_tensors(tensors, branches, linears)
+    return {b.site: Pair(tensors.float32(b.down), tensors.float32(b.up), b.scale) for b in branches}
+
+
+def write(adapter: LowRank, directory: Path, linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:
+    """PEFT's two files in `directory`, recovery beside LoRA; the branches that describe them."""
+    from safetensors.numpy import save_file
+
+    branches = [_branch(site, "lora", pair, "identity") for site, pair in adapter.lora.items()]
+    branches += [_branch(site, "recovery", pair, adapter.act) for site, pair in adapter.recovery.items()]
+    tensors: dict[str, np.ndarray] = {}
+    for branch in branches:
+        pair = (adapter.lora if branch.role == "lora" else adapter.recovery)[branch.site]
+        tensors[branch.down] = np.ascontiguousarray(pair.down)
+        tensors[branch.up] = np.ascontiguousarray(pair.up)
+    save_file(tensors, directory / adapter_format.WEIGHTS, {"format": "pt"})
+    text = msgspec.json.format(msgspec.json.encode(_config(branches)), indent=2)
+    (directory / adapter_format.CONFIG).write_bytes(text + b"\n")
+    return collapse(branches, linears)
+
+
+def collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:
+    """One branch per distinct role, rank, alpha, scale and activation; LoRA before recovery."""
+    groups: dict[tuple[object, ...], list[SiteBranch]] = {}
+    for branch in sorted(branches, key=lambda branch: branch.role):
+        key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act)
+        groups.setdefault(key, []).append(branch)
+    collapsed: list[Branch] = []
+    for members in groups.values():
+        first, sites = members[0], collapse_sites([member.site for member in members], linears)
+        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act))
+    return tuple(collapsed)
+
+
+def _branch(site: str, role: Literal["lora", "recovery"], pair: Pair, act: Act) -> SiteBranch:
+    alpha = pair.scale * pair.r
+    return SiteBranch(site, role, pair.r, alpha, alpha / pair.r, act)
+
+
+def _config(branches: Sequence[SiteBranch]) -> dict[str, object]:
+    """A LoraConfig with the commonest rank and alpha, and patterns for the sites that differ."""
+    lora = [branch for branch in branches if branch.role == "lora"] or list(branches)
+    r = Counter(branch.r for branch in lora).most_common(1)[0][0]
+    alpha = Counter(branch.alpha for branch in lora).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(branch.site): branch.r for branch in lora if branch.r != r},
+        "alpha_pattern": {re.escape(branch.site): branch.alpha for branch in lora if branch.alpha != alpha},
+        "target_modules": sorted({branch.site.rsplit(".", 1)[-1] for branch in branches}),
+        "bias": "none",
+        "use_rslora": False,
+    }

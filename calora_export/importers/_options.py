@@ -1,0 +1,19 @@
+"""The parameters that importers have in common, as the command line shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Base = Annotated[Path, typer.Argument(help="A Hugging Face model directory.", show_default=False)]
+Adapters = Annotated[list[Path], typer.Argument(help="PEFT adapter directories.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help="A state dict: .pt, .pth, .bin or .safetensors.", show_default=False)]
+Out = Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", show_default=False)]
+Name = Annotated[str | None, typer.Option(help="The bundle's name; its directory's name by default.")]
+Alpha = Annotated[float, typer.Option(help="lora_alpha as trained: the scale is alpha / r.", show_default=False)]
+Rslora = Annotated[bool, typer.Option("--rslora", help="It was trained with the scale alpha / sqrt(r).")]
+Tasks = Annotated[
+    str, typer.Option(help="The tasks' names in the order of their indices: one,two,…", show_default=False)
+]
