@@ -73,7 +73,7 @@ def test_dequantize_looks_values_up(draw: torch.Generator) -> None:
 
 
 def test_columns_may_stand_in_an_order_of_their_own(draw: torch.Generator) -> None:
-    """A group is of columns that were sorted together; the input is gathered, and rounded in the blocks that are read."""
+    """A group is of columns that were sorted together; the input is gathered, then rounded block by block."""
     x, order = normal(draw, 3, 32), torch.randperm(32, generator=draw)
     q, scale = packed(draw, 4, 32)
     dense = torch.empty(4, 32)
