@@ -57,6 +57,15 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
         """Site → (out, in)."""
         return {tensor.site: (tensor.outputs, tensor.inputs) for tensor in self.tensors}
 
+    def groups(self) -> list[list[SlotTensor]]:
+        """Slots that share an input, in the order of an adapter file."""
+        groups: list[list[SlotTensor]] = []
+        for slot in self.tensors:
+            if slot.part == 0:
+                groups.append([])
+            groups[-1].append(slot)
+        return groups
+
 
 class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """One adapter file. stated: its trainer said which base it is for; else that was assumed when it was added."""
@@ -175,6 +184,13 @@ class Package:
         if total > self.manifest.model.context:
             expected = f"at most {self.manifest.model.context} tokens of prompt and answer"
             raise PackageError(mismatch(FILE, "model.context", expected, total))
+
+    def require_rank(self, rank: int) -> None:
+        """Refuse a mix of more rows than the model was made for."""
+        if rank > self.manifest.settings.rank_budget:
+            expected, hint = f"at least {rank}", "export with a higher one"
+            budget = self.manifest.settings.rank_budget
+            raise PackageError(mismatch(FILE, "settings.rank_budget", expected, budget, hint))
 
     def require_fingerprint(self, adapter: str, fingerprint: str) -> None:
         """Refuse an adapter that was trained for another base."""

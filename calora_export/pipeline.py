@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from calora_export import graph
     from calora_export.model import SlotModel
 
-LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime", "executorch")
+LIBRARIES = ("torch", "transformers", "onnx-ir", "onnxruntime", "executorch", "coremltools")
 GOLDEN_ADAPTERS = 8
 Progress = Callable[[str], None]
 
@@ -138,7 +138,8 @@ class _Export:
         traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
         progress("lowering")
         fingerprint = self.bundle.manifest.base.fingerprint
-        origin = targets.Origin(self.bundle.manifest.name, fingerprint, *self.special)
+        author, licence = (str(self.bundle.manifest.provenance.get(key, "")) for key in ("author", "license"))
+        origin = targets.Origin(self.bundle.manifest.name, fingerprint, *self.special, author, licence)
         slots = lowering.lower(traced, self.recipe, self.directory, origin)
         progress("encoding adapters")
         (self.directory / "adapters").mkdir()

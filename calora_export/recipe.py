@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from calora_export import holding, resources
@@ -23,13 +24,13 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to hold the weights of some modules. The first rule whose pattern matches a module's name wins; a `*` in it
     stands for any text.
 
-    fp32 holds every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the target's
+    fp32 and fp16 hold every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the target's
     kernels do (`holding`), and quantise dense ones (symmetric, round to nearest) in groups, or rows where group_size
     is 0. The package and the report say what is not exactly as the bundle has it.
     """
 
     modules: str
-    scheme: Literal["fp32", "int8", "int4"]
+    scheme: Literal["fp32", "fp16", "int8", "int4"]
     group_size: Annotated[int, Meta(ge=0)] = 32
 
 
@@ -100,9 +101,9 @@ class Representation:
 def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
     """Apply the recipe's rule to one weight as stored."""
     rule = recipe.rule(module)
-    if rule.scheme == "fp32":
+    if rule.scheme in ("fp32", "fp16"):
         dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.values
-        return Representation(DenseWeight(dense), True)
+        return Representation(DenseWeight(dense), True) if rule.scheme == "fp32" else _half(module, dense)
     if isinstance(weight, PackedWeight):
         held = holding.hold(recipe.target, module, weight)
         return Representation(held, held is weight or _equal(held, weight))
@@ -115,6 +116,15 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
     bits = {"int4": 4, "int8": 8}[rule.scheme]
     quantised = quantize_symmetric(weight.values.astype("float32"), bits, group)
     return Representation(holding.hold(recipe.target, module, quantised), False)
+
+
+def _half(module: str, dense: np.ndarray) -> Representation:
+    with np.errstate(over="ignore"):
+        half = dense.astype(np.float16)
+    if not np.isfinite(half).all():
+        largest = float(np.abs(dense.astype(np.float32)).max())
+        raise UnsupportedError(mismatch(module, "weight", "at most 65504, which fp16 holds", largest))
+    return Representation(DenseWeight(half), bool((half.astype(np.float32) == dense.astype(np.float32)).all()))
 
 
 def _equal(a: PackedWeight, b: PackedWeight) -> bool:

@@ -252,9 +252,9 @@ class WearsOut(onnx.OnnxSession):
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         if "alpha" in self.mix and "alpha" not in mix:
-            arrays = self._adapters["alpha"].arrays()
+            arrays = self._shelf["alpha"].arrays()
             worn = {n: array * np.float32(1.001 if n.endswith(".up") else 1) for n, array in arrays.items()}
-            self._adapters["alpha"] = onnx.Tensors.of(worn)
+            self._shelf._found["alpha"] = onnx.Tensors.of(worn)
         super().select(mix, keep_cache=keep_cache)
 
     @property

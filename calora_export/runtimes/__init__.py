@@ -70,7 +70,7 @@ class Runtime(Protocol):
 
 def load(target: str) -> Runtime:
     """Import the runtime of one target; PackageError when there is none."""
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     if target not in known:
         raise PackageError(mismatch("package.json", "target", f"one of {', '.join(known)}", target))
     return importlib.import_module(f"{__name__}.{target}")  # type: ignore[return-value]

@@ -19,8 +19,9 @@ from torch import Tensor
 from calora_export import native, quiet
 from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, mismatch
-from calora_export.package import Package, Slots, SlotTensor
+from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix
+from calora_export.runtimes._shelf import Shelf
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 STORED = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
@@ -54,7 +55,7 @@ def suffix() -> str:
 def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
     """Write `rows` [R · width] and `recovery` [R]. The same adapter gives the same bytes."""
     matrices = []
-    for group in _groups(slots):
+    for group in slots.groups():
         found = [(slot, adapter.sites.get(slot.site)) for slot in group]
         matrices += [np.zeros((adapter.rank, slot.inputs)) if rows is None else rows.down for slot, rows in found]
         matrices += [np.zeros((adapter.rank, slot.outputs)) if rows is None else rows.up.T for slot, rows in found]
@@ -64,21 +65,11 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
     path.write_bytes(save(arrays, metadata={slots.fingerprint: fingerprint}))
 
 
-def _groups(slots: Slots) -> list[list[SlotTensor]]:
-    """Slots that share an input, in the order of the file."""
-    groups: list[list[SlotTensor]] = []
-    for slot in slots.tensors:
-        if slot.part == 0:
-            groups.append([])
-        groups[-1].append(slot)
-    return groups
-
-
 def _shapes(slots: Slots, rank: int) -> list[tuple[int, int]]:
     """The matrices of `rows`, one after the other."""
     return [
         shape
-        for group in _groups(slots)
+        for group in slots.groups()
         for shape in (*((rank, slot.inputs) for slot in group), *((rank, slot.outputs) for slot in group))
     ]
 
@@ -111,7 +102,7 @@ def adapter_inputs(rows: Rows, slots: Slots, kernels: str) -> list[Tensor]:
         return [rows.rows, rows.gate, rows.recovery]
     rank = len(rows.gate)
     shapes: list[tuple[int, ...]] = []
-    for group in _groups(slots):
+    for group in slots.groups():
         shapes += [(len(group) * rank, group[0].inputs), *((1, rank, slot.outputs) for slot in group)]
     return [*_parts(rows, shapes), rows.gate, rows.recovery]
 
@@ -156,7 +147,7 @@ class ExecutorchSession:
         self._package, self._manifest = package, package.manifest
         self._model = _open(package.path / self._manifest.model.file, METHOD)
         self._router: Method | None = None
-        self._adapters: dict[str, Rows] = {}
+        self._shelf = Shelf(package, read_adapter)
         self._length = 0
         self._mix: dict[str, float] = {}
         self.select({})
@@ -166,13 +157,9 @@ class ExecutorchSession:
         return dict(self._mix)
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
-        parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
+        parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
         rows = blend(parts, self._manifest.slots)
-        budget = self._manifest.settings.rank_budget
-        if len(rows.gate) > budget:
-            hint = "export with a higher one"
-            expected = f"at least {len(rows.gate)}"
-            raise PackageError(mismatch("package.json", "settings.rank_budget", expected, budget, hint))
+        self._package.require_rank(len(rows.gate))
         self._adapter_inputs = adapter_inputs(rows, self._manifest.slots, self._manifest.settings.kernels)
         self._mix = dict(mix)
         if not keep_cache:
@@ -199,18 +186,7 @@ class ExecutorchSession:
         return self._router.execute([torch.tensor([list(ids)])])[0].numpy()
 
     def admit(self, path: Path) -> None:
-        self._load(path)
-
-    def _adapter(self, identifier: str) -> Rows:
-        if identifier not in self._adapters:
-            self._adapters[identifier] = self._load(self._package.path / self._package.adapter(identifier).file)
-        return self._adapters[identifier]
-
-    def _load(self, path: Path) -> Rows:
-        """Refuse what was not made for this base and these slots: the file itself says what it is."""
-        rows, fingerprint = read_adapter(path, self._manifest.slots)
-        self._package.require_fingerprint(path.name, fingerprint)
-        return rows
+        self._shelf.admit(path)
 
 
 class Method(Protocol):

@@ -13,6 +13,7 @@ from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 from calora_export.package import ModelInfo, Package, Slots
 from calora_export.runtimes import Mix
+from calora_export.runtimes._shelf import Shelf
 
 VERSION = 1
 QUIET = 3
@@ -96,6 +97,7 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Tensors, str]:
     if slots.fingerprint not in values:
         raise PackageError(mismatch(path.name, slots.fingerprint, "uint8 [32]", "nothing"))
     fingerprint = values.pop(slots.fingerprint).numpy().tobytes()
+    _require_layout(path.name, values, slots)
     return Tensors(values, file), f"sha256:{fingerprint.hex()}"
 
 
@@ -139,7 +141,7 @@ class OnnxSession:
         self._package, self._manifest, self._threads = package, package.manifest, threads
         self._model = _open(package.path / self._manifest.model.file, threads)
         self._router: ort.InferenceSession | None = None
-        self._adapters: dict[str, Tensors] = {}
+        self._shelf = Shelf(package, read_adapter)
         self._cache = _Cache(self._manifest.model)
         self._mix: dict[str, float] = {}
         self.select({})
@@ -149,7 +151,7 @@ class OnnxSession:
         return dict(self._mix)
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
-        parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
+        parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
         self._rows = self._combine(parts)
         self._binding = self._model.io_binding()
         self._binding.bind_output("logits")  # the first to be bound is the first of get_outputs()
@@ -180,20 +182,7 @@ class OnnxSession:
         return np.asarray(self._router.run(["gates"], {"ids": np.array([ids], np.int64)})[0])
 
     def admit(self, path: Path) -> None:
-        self._load(path)
-
-    def _adapter(self, identifier: str) -> Tensors:
-        if identifier not in self._adapters:
-            self._adapters[identifier] = self._load(self._package.path / self._package.adapter(identifier).file)
-        return self._adapters[identifier]
-
-    def _load(self, path: Path) -> Tensors:
-        """Refuse what was not made for this base and these slots: the file itself says what it is."""
-        slots = self._manifest.slots
-        tensors, fingerprint = read_adapter(path, slots)
-        self._package.require_fingerprint(path.name, fingerprint)
-        _require_layout(path.name, tensors.values, slots)
-        return tensors
+        self._shelf.admit(path)
 
     def _combine(self, parts: Sequence[tuple[Tensors, float]]) -> Tensors:
         slots, settings = self._manifest.slots, self._manifest.settings

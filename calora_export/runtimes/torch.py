@@ -17,6 +17,7 @@ from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix
+from calora_export.runtimes._shelf import Shelf
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
@@ -61,6 +62,7 @@ def read_adapter(path: Path, slots: Slots) -> tuple[dict[str, Tensor], str]:
         raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
     if slots.fingerprint not in metadata:
         raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
+    _require_layout(path.name, tensors, slots)
     return tensors, metadata[slots.fingerprint]
 
 
@@ -117,7 +119,7 @@ class TorchSession:
         self._package, self._manifest = package, package.manifest
         self._model = program.read(package.path / self._manifest.model.file)
         self._router: program.Program | None = None
-        self._adapters: dict[str, Mapping[str, Tensor]] = {}
+        self._shelf = Shelf(package, read_adapter)
         self._cache: list[Tensor] = []
         self._mix: dict[str, float] = {}
         self.select({})
@@ -127,7 +129,7 @@ class TorchSession:
         return dict(self._mix)
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
-        parts = [(self._adapter(identifier), gate) for identifier, gate in mix.items() if gate != 0.0]
+        parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
         self._rows = _Rows.blended(parts, self._manifest.slots)
         self._mix = dict(mix)
         if not keep_cache:
@@ -152,17 +154,4 @@ class TorchSession:
         return self._router(torch.tensor([list(ids)]))[0].numpy()
 
     def admit(self, path: Path) -> None:
-        self._load(path)
-
-    def _adapter(self, identifier: str) -> Mapping[str, Tensor]:
-        if identifier not in self._adapters:
-            self._adapters[identifier] = self._load(self._package.path / self._package.adapter(identifier).file)
-        return self._adapters[identifier]
-
-    def _load(self, path: Path) -> Mapping[str, Tensor]:
-        """Refuse what was not made for this base and these slots: the file itself says what it is."""
-        slots = self._manifest.slots
-        tensors, fingerprint = read_adapter(path, slots)
-        self._package.require_fingerprint(path.name, fingerprint)
-        _require_layout(path.name, tensors, slots)
-        return tensors
+        self._shelf.admit(path)

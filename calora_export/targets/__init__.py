@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model's files tell of where they come from: the base's fingerprint, its special tokens."""
+    """What a model's files tell of where they come from: the base's fingerprint, its special tokens, whose it is."""
 
     name: str
     fingerprint: str
     bos: int | None
     eos: tuple[int, ...]
+    author: str = ""
+    licence: str = ""
 
 
 class Target(Protocol):

@@ -1,0 +1,154 @@
+"""A Core ML package in this process: by Core ML where this is macOS, by the reference runtime elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from calora_export.adapters import Adapter
+from calora_export.coreml_engines import Engine, Engines, Predictions, Reference
+from calora_export.errors import DeviceError, PackageError, mismatch
+from calora_export.package import Package, Slots
+from calora_export.runtimes import Mix
+from calora_export.runtimes._shelf import Shelf
+
+HALF = np.dtype(np.float16)
+HIDDEN = HALF.type(np.finfo(HALF).min)
+
+
+def prepare(package: Package) -> None:
+    """DeviceError where there is no Core ML."""
+    if sys.platform != "darwin":
+        hint = "use --device reference, which runs the same file on any machine"
+        raise DeviceError(mismatch("--device", "host", "macOS for Core ML", sys.platform, hint))
+
+
+def suffix() -> str:
+    return ".safetensors"
+
+
+def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
+    """Write `rows` [sites' features, R] and `recovery` [R]. The same adapter gives the same bytes."""
+    matrices = []
+    for group in slots.groups():
+        found = [(slot, adapter.sites.get(slot.site)) for slot in group]
+        matrices += [np.zeros((slot.inputs, adapter.rank)) if rows is None else rows.down.T for slot, rows in found]
+        matrices += [np.zeros((slot.outputs, adapter.rank)) if rows is None else rows.up for slot, rows in found]
+    rows = np.concatenate([np.zeros((0, adapter.rank)), *matrices]).astype(HALF)
+    arrays = {"rows": rows, "recovery": adapter.recovery.astype(HALF)}
+    path.write_bytes(save(arrays, metadata={slots.fingerprint: fingerprint}))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An adapter or a mix, as the model takes it: adapter [features, R], gate [R], recovery [R], all fp16."""
+
+    adapter: np.ndarray
+    gate: np.ndarray
+    recovery: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        return len(self.gate)
+
+
+def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
+    """Several adapters side by side, each with its gate; none: one row of gate 0. A lone one stays where it is mapped."""
+    if not parts:
+        features = sum(slot.inputs + slot.outputs for slot in slots.tensors)
+        return Rows(np.zeros((features, 1), HALF), np.zeros(1, HALF), np.zeros(1, HALF))
+    gate = np.concatenate([rows.gate * HALF.type(gate) for rows, gate in parts])
+    if len(parts) == 1:
+        return Rows(parts[0][0].adapter, gate, parts[0][0].recovery)
+    adapter = np.concatenate([rows.adapter for rows, _ in parts], axis=1)
+    return Rows(adapter, gate, np.concatenate([rows.recovery for rows, _ in parts]))
+
+
+def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
+    """The rows of an adapter file, and the fingerprint of its base."""
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as error:
+        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
+    if slots.fingerprint not in metadata:
+        raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
+    rank = tensors["recovery"].size if "recovery" in tensors else 0
+    features = sum(slot.inputs + slot.outputs for slot in slots.tensors)
+    expected = {"rows": f"float16 {[features, rank]}", "recovery": f"float16 {[rank]}"}
+    found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wanted = expected.get(name, "no such tensor")
+            raise PackageError(mismatch(path.name, name, wanted, found.get(name, "nothing")))
+    return Rows(tensors["rows"], np.ones(rank, HALF), tensors["recovery"]), metadata[slots.fingerprint]
+
+
+def open_session(package: Package, threads: int) -> CoremlSession:
+    """`threads` is for the reference runtime; Core ML chooses for itself."""
+    return CoremlSession(package, Predictions() if sys.platform == "darwin" else Reference(threads))
+
+
+class CoremlSession:
+    """Implements Session. The KV cache lives in the model's state; what it holds behind `_length` is never read."""
+
+    def __init__(self, package: Package, engines: Engines) -> None:
+        self._package, self._manifest, self._engines = package, package.manifest, engines
+        self._shelf = Shelf(package, read_adapter)
+        self._model = engines.open(package.path / self._manifest.model.file)
+        self._router: Engine | None = None
+        self._length = 0
+        self._mix: dict[str, float] = {}
+        self.select({})
+
+    @property
+    def mix(self) -> Mix:
+        return dict(self._mix)
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
+        self._package.require_rank(sum(rows.rank for rows, _ in parts))
+        self._rows = blend(parts, self._manifest.slots)
+        self._mix = dict(mix)
+        if not keep_cache:
+            self.forget()
+
+    def forget(self) -> None:
+        self._length = 0
+
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        total = self._length + len(ids)
+        self._package.require_room(total)
+        parts = []
+        for start in range(0, len(ids), self._manifest.settings.chunk):
+            part = ids[start : start + self._manifest.settings.chunk]
+            inputs = {"inputIds": np.array([part], np.int32), "causalMask": _mask(self._length, len(part))}
+            if self._manifest.slots.tensors:
+                rows = self._rows
+                inputs |= {"adapter": rows.adapter, "gate": rows.gate, "recovery": rows.recovery}
+            parts.append(self._model.run(inputs)["logits"][0])
+            self._length += len(part)
+        logits = parts[-1] if self._manifest.model.logits == "last" else np.concatenate(parts)
+        return logits.astype(np.float32)
+
+    def route(self, ids: Sequence[int]) -> np.ndarray:
+        router = self._package.require_router()
+        if self._router is None:
+            self._router = self._engines.open(self._package.path / router.file)
+        return self._router.run({"ids": np.array([ids], np.int32)})["gates"].astype(np.float32)
+
+    def admit(self, path: Path) -> None:
+        self._shelf.admit(path)
+
+
+def _mask(start: int, new: int) -> np.ndarray:
+    """fp16 [1, 1, new, start + new]: a token sees all before it and itself."""
+    seen = np.arange(start + new)[None, :] <= np.arange(start, start + new)[:, None]
+    return np.where(seen, HALF.type(0), HIDDEN)[None, None]

@@ -1,0 +1,171 @@
+"""From a MIL program to a saved .mlpackage, through coremltools' own back end.
+
+coremltools checks every operator's types while a program is built, and writes the file; what of it changes from run to
+run (identifiers, dates) is made to depend on the model alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import coremltools as ct
+import numpy as np
+import torch
+from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
+
+from calora_export import mlpackage, quiet
+from calora_export.routers import Router
+
+TARGET = ct.target.iOS18
+DTYPES = {np.int32: types.int32, np.float16: types.fp16}
+DATED = "com.github.apple.coremltools.conversion_date"
+LONGEST_TEXT = 4096  # tokens that a router reads at once
+
+
+@dataclass(frozen=True)
+class Flexible:
+    """A length that a call chooses, from 1 to `most`; lengths of one name are the same in one call."""
+
+    name: str
+    most: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that every call gives."""
+
+    name: str
+    shape: tuple[int | Flexible, ...]
+    dtype: type[np.generic]
+    description: str
+
+
+@dataclass(frozen=True)
+class State:
+    """A float16 tensor that stays with the model between calls, zero at first."""
+
+    name: str
+    shape: tuple[int, ...]
+    description: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What Xcode shows. outputs: name → text."""
+
+    text: str
+    author: str
+    licence: str
+    version: str
+    facts: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+Body = Callable[[Mapping[str, Var]], Mapping[str, Var]]
+
+
+def build(inputs: Sequence[Input], states: Sequence[State], body: Body) -> Program:
+    """A program of one function; body gets the inputs and states by name and returns the outputs by name."""
+    lengths = {size.name: size for given in inputs for size in given.shape if isinstance(size, Flexible)}
+    symbols = {name: get_new_symbol() for name in lengths}
+    ranges = {name: ct.RangeDim(1, size.most) for name, size in lengths.items()}
+    placeholders = {
+        given.name: mb.placeholder(
+            tuple(symbols[size.name] if isinstance(size, Flexible) else size for size in given.shape),
+            DTYPES[given.dtype],
+        )
+        for given in inputs
+    }
+    placeholders |= {state.name: mb.state_tensor_placeholder(state.shape, types.fp16) for state in states}
+    with Function(placeholders, opset_version=TARGET) as function:
+        outputs = body(function.inputs)
+        for name, value in outputs.items():
+            value.name = name
+        function.set_outputs(list(outputs.values()))
+    function.set_input_types(
+        tuple(
+            ct.TensorType(
+                given.name,
+                tuple(ranges[size.name] if isinstance(size, Flexible) else size for size in given.shape),
+                given.dtype,
+            )
+            for given in inputs
+        )
+    )
+    program = Program()
+    program.add_function("main", function)
+    return program
+
+
+def save(
+    program: Program, path: Path, description: Description, inputs: Sequence[Input], states: Sequence[State]
+) -> None:
+    """Write the package. The same program gives the same bytes."""
+    with quiet.libraries():
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            minimum_deployment_target=TARGET,
+            skip_model_load=True,
+            pass_pipeline=ct.PassPipeline.EMPTY,  # it would fold weights and rename; what is written is what is meant
+        )
+    texts = {given.name: given.description for given in (*inputs, *states)}
+    _write(model, path, description, texts)
+
+
+def save_traced(router: Router, path: Path) -> None:
+    """Convert a router from torch, in fp32: its decisions are to be those of the reference."""
+    example = torch.zeros(1, 8, dtype=torch.int32)
+    tokens = torch.export.Dim("tokens", min=1, max=LONGEST_TEXT)
+    with torch.no_grad(), quiet.libraries():
+        traced = torch.export.export(router.eval(), (example,), dynamic_shapes={"ids": {1: tokens}}, strict=False)
+        model = ct.convert(
+            traced.run_decompositions({}),
+            outputs=[ct.TensorType("gates")],
+            minimum_deployment_target=TARGET,
+            compute_precision=ct.precision.FLOAT32,
+            skip_model_load=True,
+        )
+    description = Description("Which adapters a prompt needs.", "", "", "", {}, {"gates": "One gate per class."})
+    _write(model, path, description, {"ids": "Token ids of the prompt, from the router's own tokenizer."})
+
+
+def _write(model: ct.models.MLModel, path: Path, description: Description, texts: Mapping[str, str]) -> None:
+    spec = model.get_spec()
+    about = spec.description
+    for feature in (*about.input, *about.state, *about.output):
+        feature.shortDescription = {**texts, **description.outputs}.get(feature.name, "")
+    metadata = about.metadata
+    metadata.shortDescription, metadata.author = description.text, description.author
+    metadata.license, metadata.versionString = description.licence, description.version
+    metadata.userDefined.pop(DATED, None)
+    metadata.userDefined.update(description.facts)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, quiet.libraries():
+        draft = Path(scratch) / path.name
+        ct.models.utils.save_spec(spec, str(draft), weights_dir=model.weights_dir)
+        _settle(draft)
+        shutil.move(draft, path)
+
+
+def _settle(package: Path) -> None:
+    """Replace random identifiers by ones that depend on the paths, and the specification by its one canonical form."""
+    manifest = json.loads((package / "Manifest.json").read_bytes())
+    renamed = {
+        old: str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])) for old, entry in manifest["itemInfoEntries"].items()
+    }
+    manifest["itemInfoEntries"] = {
+        renamed[old]: entry
+        for old, entry in sorted(manifest["itemInfoEntries"].items(), key=lambda item: item[1]["path"])
+    }
+    manifest["rootModelIdentifier"] = renamed[manifest["rootModelIdentifier"]]
+    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+    file = mlpackage.model_file(package)
+    spec = mlpackage.read_spec(package)
+    file.write_bytes(spec.SerializeToString(deterministic=True))

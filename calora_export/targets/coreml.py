@@ -1,0 +1,433 @@
+"""Lowering to Core ML: one stateful ML program for iOS 18, whose adapters are one input.
+
+Everything is float16, as on the GPU and the Neural Engine; attention is the system's fused one and the KV cache its
+state. inputIds, causalMask, keyCache, valueCache and logits are what Swift libraries for language models look for.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from coremltools.converters.mil.mil import Builder as mb
+from coremltools.converters.mil.mil import Var, types
+from torch.fx import Node
+
+from calora_export.errors import UnsupportedError, mismatch
+from calora_export.graph import Graph
+from calora_export.package import Manifest, Slots, SlotTensor
+from calora_export.recipe import Recipe
+from calora_export.routers import Router
+from calora_export.targets import Origin, _coreml_program, _nodes
+from calora_export.targets._coreml_program import Description, Flexible, Input, State
+from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
+from calora_export.version import VERSION
+
+MODEL, ROUTER = "model.mlpackage", "router.mlpackage"
+HALF = np.float16
+TINY, LOWEST = HALF(2.0**-14), HALF(np.finfo(HALF).min)  # smallest normal number; what a hidden position scores
+TO_THE_END = 2**31 - 1  # torch says sys.maxsize or more
+
+
+def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
+    """Write model.mlpackage; return where adapter files hold each slot."""
+    slots = _nodes.slot_tensors(graph)
+    lowering = _Lowering(graph, slots)
+    inputs, states = _inputs(graph, slots, recipe), _states(graph)
+    program = _coreml_program.build(inputs, states, lowering.run)
+    _coreml_program.save(program, directory / MODEL, _description(recipe, origin), inputs, states)
+    return Slots(
+        rank="dynamic",
+        gate="gate",
+        recovery="recovery",
+        fingerprint="base_fingerprint",
+        dtype=recipe.adapters,
+        tensors=slots,
+    )
+
+
+def lower_router(router: Router, directory: Path) -> str:
+    """Write router.mlpackage: ids [1, tokens] → gates [classes], with the selection policy inside."""
+    _coreml_program.save_traced(router, directory / ROUTER)
+    return ROUTER
+
+
+def accompany(manifest: Manifest, directory: Path) -> None:
+    """Nothing: what Xcode shows of a model is inside it."""
+
+
+def _inputs(graph: Graph, slots: Sequence[SlotTensor], recipe: Recipe) -> list[Input]:
+    context = graph.shape.context
+    new, positions = Flexible("new", min(recipe.chunk, context)), Flexible("positions", context)
+    rank = Flexible("rank", recipe.rank_budget)
+    found = [
+        Input("inputIds", (1, new), np.int32, "The new tokens."),
+        Input(
+            "causalMask",
+            (1, 1, new, positions),
+            HALF,
+            "Added to attention scores: 0 where a new token sees a position, very low where not. Its last length says "
+            "how many positions are filled once the new tokens are in the cache.",
+        ),
+    ]
+    if slots:
+        rows = sum(slot.inputs + slot.outputs for slot in slots)
+        found += [
+            Input("adapter", (rows, rank), HALF, "An adapter file's `rows`; of a mix, those of each, side by side."),
+            Input(
+                "gate", (rank,), HALF, "The weight of each row, 1 for an adapter alone; rank 1 and gate 0: the base."
+            ),
+            Input("recovery", (rank,), HALF, "1 where a row is recovery, and passes a GELU; else 0."),
+        ]
+    return found
+
+
+def _states(graph: Graph) -> list[State]:
+    s = graph.shape
+    shape = (s.layers, s.kv_heads, s.context, s.head_dim)
+    return [State(f"{part}Cache", shape, f"Cached {part}s: layers, heads, positions, features.") for part in _PARTS]
+
+
+def _description(recipe: Recipe, origin: Origin) -> Description:
+    facts = {"base_fingerprint": origin.fingerprint, "calora_export": VERSION}
+    if origin.bos is not None:
+        facts["bos_token_id"] = str(origin.bos)
+    facts["eos_token_ids"] = ", ".join(str(token) for token in origin.eos)
+    positions = "the last new token" if recipe.logits == "last" else "every new token"
+    text = f"{origin.name}: a language model with slots for adapters"
+    return Description(text, origin.author, origin.licence, VERSION, facts, {"logits": f"Scores after {positions}."})
+
+
+class _Lowering:
+    """One walk over the traced graph."""
+
+    def __init__(self, graph: Graph, slots: Sequence[SlotTensor]) -> None:
+        self.graph, self.slots = graph, {slot.site: slot for slot in slots}
+        self.offsets = _offsets(slots)
+        self.roles = graph.roles()
+        self.values: dict[tuple[Node, int], Var] = {}
+        self.shared: dict[object, Var] = {}
+        self.inputs: Mapping[str, Var] = {}
+
+    def run(self, inputs: Mapping[str, Var]) -> dict[str, Var]:
+        """Emit every operator that the logits need."""
+        self.inputs = inputs
+        logits = _nodes.results(self.graph)[0]
+        needed = _nodes.live([logits], self._operands)
+        for node in _nodes.calls(self.graph):
+            if node in needed:
+                with _stage(node):
+                    self._lower(node)
+        return {"logits": self.value(logits)}
+
+    def _operands(self, node: Node) -> Sequence[Node]:
+        if node.target is CALORA.attention.default:
+            return [_nodes.heads(arg)[0] for arg in node.args[:3]]
+        return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
+
+    def _lower(self, node: Node) -> None:
+        handler = _HANDLERS.get(node.target)
+        if handler is None:
+            found = f"{node.target} in the model's graph"
+            raise UnsupportedError(mismatch("coreml", "operator", "one that this target lowers", found))
+        handler(self, node)
+
+    def value(self, arg: object) -> Var:
+        """What a node computed, or a tensor of the model."""
+        node = _nodes.node(arg)
+        if node.op != "placeholder":
+            return self.values[_nodes.member(node) if node.target is operator.getitem else (node, 0)]
+        role = self.roles[node.name]
+        return self.inputs["inputIds"] if role == "ids" else self._held(role)
+
+    def _held(self, role: str) -> Var:
+        return self._once(role, lambda: _constant(_nodes.short(role), self.graph.tensors[role].numpy()))
+
+    def _once(self, key: object, make: Callable[[], Var]) -> Var:
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def lower_linears(self, node: Node) -> None:
+        x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
+        deltas = self._deltas(x, _nodes.slot_sites(self.roles, node))
+        for i, weight in enumerate(weights):
+            bias = _constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
+            y = mb.linear(x=x, weight=self._weight(weight), bias=bias, name=_label(weight.name))
+            self.values[node, i] = mb.add(x=y, y=deltas[i]) if i in deltas else y
+
+    def _weight(self, weight: Weight) -> Var:
+        """[out, in]: dense, or the bundle's integers and scales."""
+        return self._once(
+            weight.name, lambda: _packed(weight) if weight.bits else _constant(weight.name, weight.values.numpy())
+        )
+
+    def _deltas(self, x: Var, members: Sequence[tuple[int, str]]) -> dict[int, Var]:
+        """Member → what its slot adds: one `down` and one non-linearity for the group, one `up` each."""
+        if not members:
+            return {}
+        first = self.slots[members[0][1]]
+        start, width = self.offsets[first.site][0], len(members) * first.inputs
+        down = mb.reshape(x=self._rows(start, width), shape=[len(members), first.inputs, -1])
+        rows = mb.matmul(x=x, y=down)  # [members, S, R]
+        if self.graph.recovery:
+            rows = mb.select(cond=self._recovery(), a=mb.gelu(x=rows, mode="EXACT"), b=rows)
+        rows = mb.mul(x=rows, y=self.inputs["gate"])
+        deltas: dict[int, Var] = {}
+        for part, (member, site) in enumerate(members):
+            mine = rows if len(members) == 1 else _slice(rows, 0, part, part + 1)
+            up = self._rows(self.offsets[site][1], self.slots[site].outputs)
+            deltas[member] = mb.matmul(x=mine, y=up, transpose_y=True, name=_label(f"{site}.slot"))
+        return deltas
+
+    def _rows(self, start: int, count: int) -> Var:
+        return _slice(self.inputs["adapter"], 0, start, start + count)
+
+    def _recovery(self) -> Var:
+        return self._once("recovery", lambda: mb.greater(x=self.inputs["recovery"], y=HALF(0.5)))
+
+    # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
+
+    def lower_embedding(self, node: Node) -> None:
+        values, scale = (self.roles[_nodes.node(arg).name] for arg in node.args[1:])
+        weight = Weight(_nodes.short(values), self.graph.tensors[values], self.graph.tensors[scale], torch.zeros(0))
+        self.values[node, 0] = mb.gather(x=self._weight(weight), indices=self.value(node.args[0]), axis=0)
+
+    def lower_rms_norm(self, node: Node) -> None:
+        """x / m · rsqrt(mean((x / m)²) + eps / m²) · weight with m = max|x|: squares stay in the range of float16."""
+        x, weight, eps = self.value(node.args[0]), self.value(node.args[1]), float(node.args[2])  # type: ignore[arg-type]
+        largest = mb.maximum(x=mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True), y=TINY)
+        y = mb.real_div(x=x, y=largest)
+        floor = mb.real_div(x=HALF(math.sqrt(eps)), y=largest)
+        mean = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
+        scale = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=floor, y=floor)), epsilon=HALF(0))
+        self.values[node, 0] = mb.mul(x=mb.mul(x=y, y=scale), y=weight)
+
+    def lower_attention(self, node: Node) -> None:
+        """The query heads that share a key head are rows of one query, so keys and values are read as they are cached."""
+        shape = self.graph.shape
+        *qkv, past, _, cos, sin, scale, window, softcap = node.args
+        layer = int(self.roles[_nodes.node(past).name].removeprefix("past.")) // 2
+        q, k, v = (
+            self._per_head(arg, heads)
+            for arg, heads in zip(qkv, (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
+        )
+        if _nodes.node(cos).meta["val"].numel():
+            tables = self._positions_of(cos), self._positions_of(sin)
+            q, k = _rotate(q, *tables), _rotate(k, *tables)
+        keys, values = (
+            self._cached(f"{part}Cache", layer, mb.transpose(x=new, perm=[0, 2, 1, 3]))
+            for part, new in zip(_PARTS, (k, v), strict=True)
+        )
+        queries, sharing = self._by_key_head(q), shape.heads // shape.kv_heads
+        mask = self._mask(_nodes.integer(window), sharing)
+        factor = float(scale)  # type: ignore[arg-type]
+        out = _attend(queries, keys, values, mask, factor, float(softcap))  # type: ignore[arg-type]
+        out = mb.reshape(x=out, shape=[1, shape.heads, -1, shape.head_dim])
+        out = mb.transpose(x=out, perm=[0, 2, 1, 3])
+        self.values[node, 0] = mb.reshape(x=out, shape=[1, -1, shape.heads * shape.head_dim])
+
+    def _per_head(self, arg: object, heads: int) -> Var:
+        """[1, S, H, D] from what attention gets as [1, H, S, D], where it can without moving it there and back."""
+        source, _ = _nodes.heads(arg)
+        if source is arg:
+            return mb.transpose(x=self.value(source), perm=[0, 2, 1, 3])
+        return mb.reshape(x=self.value(source), shape=[1, -1, heads, self.graph.shape.head_dim])
+
+    def _by_key_head(self, q: Var) -> Var:
+        """[1, KV, H / KV · S, D] of [1, S, H, D]."""
+        q = mb.transpose(x=q, perm=[0, 2, 1, 3])
+        return mb.reshape(x=q, shape=[1, self.graph.shape.kv_heads, -1, self.graph.shape.head_dim])
+
+    def _cached(self, name: str, layer: int, new: Var) -> Var:
+        """Put the new keys or values [1, KV, S, D] behind the old ones; all of them [1, KV, P + S, D]."""
+        shape, state, (start, end) = self.graph.shape, self.inputs[name], self._bounds()
+        last = [layer + 1, shape.kv_heads]
+        stop = mb.concat(values=[*last, end, shape.head_dim], axis=0)
+        begin = mb.concat(values=[layer, 0, start, 0], axis=0)
+        grown = mb.slice_update(x=mb.read_state(input=state), update=new, begin=begin, end=stop)
+        mb.coreml_update_state(state=state, value=grown)
+        return mb.slice_by_index(x=mb.read_state(input=state), begin=[layer, 0, 0, 0], end=stop)
+
+    def _bounds(self) -> tuple[Var, Var]:
+        """Where this call's positions start and end."""
+        sizes = self._once("sizes", lambda: mb.shape(x=self.inputs["causalMask"]))
+        end = self._once("end", lambda: mb.gather(x=sizes, indices=3, axis=0))
+        start = self._once("start", lambda: mb.sub(x=end, y=mb.gather(x=sizes, indices=2, axis=0)))
+        return start, end
+
+    def _positions_of(self, table: object) -> Var:
+        """This call's rows of a rotary table, [1, S, 1, half]."""
+        role = self.roles[_nodes.node(table).name]
+        half = self.graph.tensors[role].shape[1]
+
+        def rows() -> Var:
+            begin, end = (
+                mb.concat(values=[bound, last], axis=0) for bound, last in zip(self._bounds(), (0, half), strict=True)
+            )
+            return mb.reshape(x=mb.slice_by_index(x=self._held(role), begin=begin, end=end), shape=[1, -1, 1, half])
+
+        return self._once((role, "now"), rows)
+
+    def _mask(self, window: int, copies: int) -> Var:
+        """What is added to the scores of all query heads that share a key head, [1, 1, copies · S, P + S]."""
+
+        def seen() -> Var:
+            start, end = self._bounds()
+            new, old = mb.range_1d(start=start, end=end, step=1), mb.range_1d(start=0, end=end, step=1)
+            distance = mb.sub(x=mb.expand_dims(x=new, axes=[1]), y=mb.expand_dims(x=old, axes=[0]))
+            far = mb.greater_equal(x=distance, y=window)
+            return mb.select(cond=far, a=LOWEST, b=self.inputs["causalMask"])
+
+        mask = self._once(("mask", window), seen) if window > 0 else self.inputs["causalMask"]
+        return (
+            self._once(("mask", window, copies), lambda: mb.tile(x=mask, reps=[1, 1, copies, 1]))
+            if copies > 1
+            else mask
+        )
+
+    # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def lower_binary(self, node: Node) -> None:
+        a, b = (HALF(arg) if isinstance(arg, (int, float)) else self.value(arg) for arg in node.args[:2])
+        self.values[node, 0] = _BINARY[node.target](x=a, y=b)
+
+    def lower_unary(self, node: Node) -> None:
+        self.values[node, 0] = _UNARY[node.target](x=self.value(node.args[0]))
+
+    def lower_gelu(self, node: Node) -> None:
+        mode = {"none": "EXACT", "tanh": "TANH_APPROXIMATION"}[str(node.kwargs.get("approximate", "none"))]
+        self.values[node, 0] = mb.gelu(x=self.value(node.args[0]), mode=mode)
+
+    def lower_view(self, node: Node) -> None:
+        """A reshape whose only unknown length is the sequence's; none at all if a chain of them ends as it began."""
+        source = _nodes.viewed(node)
+        wanted = node.meta["val"].shape
+        shape = [size if isinstance(size, int) else -1 for size in wanted]
+        if shape.count(-1) > 1:
+            raise UnsupportedError(mismatch("coreml", str(node.target), "one dynamic dimension", str(shape)))
+        same = source.meta["val"].shape == wanted
+        self.values[node, 0] = self.value(source) if same else mb.reshape(x=self.value(source), shape=shape)
+
+    def lower_transpose(self, node: Node) -> None:
+        x, a, b = _nodes.node(node.args[0]), _nodes.integer(node.args[1]), _nodes.integer(node.args[2])
+        order = list(range(len(x.meta["val"].shape)))
+        order[a], order[b] = order[b], order[a]
+        self.values[node, 0] = mb.transpose(x=self.value(x), perm=order)
+
+    def lower_slice(self, node: Node) -> None:
+        x, axis, start, end = (*node.args, *(0, 0, TO_THE_END)[len(node.args) - 1 :])
+        bounds = _nodes.integer(start), min(_nodes.integer(end), TO_THE_END)
+        self.values[node, 0] = _slice(self.value(x), _nodes.integer(axis), *bounds)
+
+    def lower_chunk(self, node: Node) -> None:
+        count, axis = _nodes.integer(node.args[1]), _nodes.integer(node.args[2])
+        parts = mb.split(x=self.value(node.args[0]), num_splits=count, axis=axis)
+        self.values.update({(node, i): part for i, part in enumerate(parts)})
+
+    def lower_same(self, node: Node) -> None:
+        self.values[node, 0] = self.value(node.args[0])
+
+    def lower_getitem(self, node: Node) -> None:
+        """Read where it is used."""
+
+
+_PARTS = ("key", "value")
+
+
+@contextmanager
+def _stage(node: Node) -> Iterator[None]:
+    """What coremltools says of an operator, in one line that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise UnsupportedError(f"coreml: building {node.name}: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def _offsets(slots: Sequence[SlotTensor]) -> dict[str, tuple[int, int]]:
+    """Site → where its down and its up start among the rows of `adapter`: by group, first the downs, then the ups."""
+    found: dict[str, tuple[int, int]] = {}
+    start = up = 0
+    for slot in slots:
+        if slot.part == 0:
+            start = up
+            up = start + slot.parts * slot.inputs
+        found[slot.site] = (start + slot.part * slot.inputs, up)
+        up += slot.outputs
+    return found
+
+
+def _constant(name: str, values: np.ndarray) -> Var:
+    return mb.const(val=values.astype(HALF), name=_label(name))
+
+
+def _packed(weight: Weight) -> Var:
+    integers = weight.values.numpy()
+    data = integers.astype(types.np_int4_dtype) if weight.bits == 4 else integers
+    scale = weight.scale.numpy().astype(HALF)
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=_label(f"{weight.name}.q"))
+
+
+def _label(name: str) -> str:
+    """A name as Core ML allows it."""
+    return name.replace(".", "_")
+
+
+def _slice(x: Var, axis: int, start: int, end: int) -> Var:
+    """x[start:end] along an axis, start from the end if negative."""
+    begin, stop, to_the_end = [0] * x.rank, [0] * x.rank, [True] * x.rank
+    begin[axis] = start
+    if end < TO_THE_END:
+        stop[axis], to_the_end[axis] = end, False
+    return mb.slice_by_index(x=x, begin=begin, end=stop, end_mask=to_the_end)
+
+
+def _rotate(x: Var, cos: Var, sin: Var) -> Var:
+    """The half-split rotary embedding of `ops.rotate`, on [1, S, H, D] with tables [1, S, 1, half]."""
+    half, width = cos.shape[-1], x.shape[-1]
+    a, b = _slice(x, -1, 0, half), _slice(x, -1, half, 2 * half)
+    first = mb.sub(x=mb.mul(x=a, y=cos), y=mb.mul(x=b, y=sin))
+    second = mb.add(x=mb.mul(x=b, y=cos), y=mb.mul(x=a, y=sin))
+    rest = [_slice(x, -1, 2 * half, width)] if width > 2 * half else []
+    return mb.concat(values=[first, second, *rest], axis=-1)
+
+
+def _attend(q: Var, k: Var, v: Var, mask: Var, scale: float, softcap: float) -> Var:
+    """softmax(scale · q kᵀ + mask) v; the fused operator where scores are not bounded by a softcap."""
+    if softcap <= 0:
+        factor = scale * math.sqrt(q.shape[-1])  # the operator divides by √D itself
+        scaled = q if math.isclose(factor, 1.0) else mb.mul(x=q, y=HALF(factor))
+        return mb.scaled_dot_product_attention(query=scaled, key=k, value=v, attn_mask=mask)
+    scores = mb.matmul(x=mb.mul(x=q, y=HALF(scale / softcap)), y=k, transpose_y=True)
+    scores = mb.add(x=mb.mul(x=mb.tanh(x=scores), y=HALF(softcap)), y=mask)
+    return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=v)
+
+
+_BINARY: Mapping[object, Callable[..., Var]] = {
+    ATEN.add.Tensor: mb.add,
+    ATEN.mul.Tensor: mb.mul,
+    ATEN.div.Tensor: mb.real_div,
+}
+_UNARY: Mapping[object, Callable[..., Var]] = {ATEN.silu.default: mb.silu, ATEN.tanh.default: mb.tanh}
+_HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
+    CALORA.linears.default: _Lowering.lower_linears,
+    CALORA.embedding.default: _Lowering.lower_embedding,
+    CALORA.rms_norm.default: _Lowering.lower_rms_norm,
+    CALORA.attention.default: _Lowering.lower_attention,
+    operator.getitem: _Lowering.lower_getitem,
+    ATEN.gelu.default: _Lowering.lower_gelu,
+    ATEN.transpose.int: _Lowering.lower_transpose,
+    ATEN.slice.Tensor: _Lowering.lower_slice,
+    ATEN.chunk.default: _Lowering.lower_chunk,
+    **dict.fromkeys(_BINARY, _Lowering.lower_binary),
+    **dict.fromkeys(_UNARY, _Lowering.lower_unary),
+    **dict.fromkeys(_nodes.SAME, _Lowering.lower_same),
+    **dict.fromkeys(VIEWS, _Lowering.lower_view),
+}
