@@ -46,9 +46,9 @@ class Select(nn.Module):
         chosen = self._chosen(probs)
         match self.selection.weights:
             case "softmax_probs":
-                return probs.masked_fill(~chosen, float("-inf")).softmax(0)
+                return probs.masked_fill(torch.logical_not(chosen), float("-inf")).softmax(0)
             case "softmax_logits":
-                return scores.masked_fill(~chosen, float("-inf")).softmax(0)
+                return scores.masked_fill(torch.logical_not(chosen), float("-inf")).softmax(0)
             case "renorm":
                 kept = probs * chosen
                 return kept / kept.sum()
@@ -59,8 +59,8 @@ class Select(nn.Module):
         """bool [classes]. before[i, j]: class j ranks before class i."""
         index = torch.arange(probs.shape[0])
         ahead = probs[None, :] > probs[:, None]
-        tied = (probs[None, :] == probs[:, None]) & (index[None, :] < index[:, None])
-        before = (ahead | tied).float()
+        tied = torch.logical_and(probs[None, :] == probs[:, None], index[None, :] < index[:, None])
+        before = torch.logical_or(ahead, tied).float()
         first = before.sum(1) == 0
         match self.selection:
             case Selection(select="top_p", p=float(p)):  # the class that crosses p is kept
@@ -68,7 +68,7 @@ class Select(nn.Module):
             case Selection(select="top_k", k=int(k)):
                 return before.sum(1) < k
             case Selection(select="threshold", threshold=float(threshold)):
-                return (probs >= threshold) | first
+                return torch.logical_or(probs >= threshold, first)
             case _:
                 return torch.ones_like(first)
 
