@@ -87,7 +87,8 @@ class TimingTrace(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
-    """trace.json. peak_rss is in bytes, of the process that ran the job."""
+    """trace.json. peak_rss is in bytes, of the process that ran the job. peaks: operator → its largest |value|, in the
+    order in which they run, from a runtime that sees them."""
 
     device: str
     arch: str
@@ -99,6 +100,7 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     safety: SafetyTrace | None
     timing: TimingTrace | None
     peak_rss: int
+    peaks: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

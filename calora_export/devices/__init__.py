@@ -1,6 +1,7 @@
 """Where a package is run: one module per transport. A device only sees a Package.
 
-host    this machine, in a process of its own without torch
+host        this machine, in a process of its own without torch
+reference   this machine, for Core ML: the saved file, operator by operator
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,17 +44,22 @@ LIMIT_S = 3600
 
 def run(address: str, package: Package, job: Job) -> Trace:
     """Run the job in a child process; its one-line errors come back as DeviceError."""
+    return ask(_program(address, package), "host", package, job)
+
+
+def ask(program: Sequence[str], label: str, package: Package, job: Job) -> Trace:
+    """Run the job by a program of this machine that takes the package's and the job's directory."""
     with tempfile.TemporaryDirectory(prefix="calora-job-") as name:
         directory = Path(name)
         write_job(directory, job)
-        command = [*_program(address, package), str(package.path), name]
+        command = [*program, str(package.path), name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired as error:
-            raise DeviceError(f"host: no answer after {LIMIT_S} s") from error
+            raise DeviceError(f"{label}: no answer after {LIMIT_S} s") from error
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise DeviceError(f"host: {lines[-1]}")
+            raise DeviceError(f"{label}: {lines[-1]}")
         return read_trace(directory, job)
 
 
@@ -69,8 +74,13 @@ def _program(address: str, package: Package) -> list[str]:
 
 def main(package_path: str, directory: str) -> int:
     """The child: job.json in, trace.json and logits.bin out."""
+    return serve(Path(package_path), Path(directory), answer)
+
+
+def serve(package: Path, directory: Path, answer: Callable[[Package, Job], Trace]) -> int:
+    """Read the job, write what it gave, or one line on stderr; the exit code."""
     try:
-        write_trace(Path(directory), answer(packages.load(Path(package_path)), read_job(Path(directory))))
+        write_trace(directory, answer(packages.load(package), read_job(directory)))
     except CaloraError as error:
         print(error, file=sys.stderr)
         return 1
@@ -78,11 +88,16 @@ def main(package_path: str, directory: str) -> int:
 
 
 def answer(package: Package, job: Job) -> Trace:
-    """Run a job in this process."""
+    """Run a job in this process, on the target's runtime."""
     runtime = runtimes.load(package.manifest.target)
     runtime.prepare(package)
+    return work(package, job, runtime.open_session)
+
+
+def work(package: Package, job: Job, open_session: Callable[[Package, int], Session]) -> Trace:
+    """Do all that a job asks of a session."""
     start = time.perf_counter()
-    session = runtime.open_session(package, job.threads)
+    session = open_session(package, job.threads)
     load = _milliseconds(start)
     logits = {case.name: _forced(session, case) for case in job.cases}
     gates = tuple(tuple(float(g) for g in session.route(ids)) for ids in job.routes)

@@ -1,0 +1,40 @@
+"""The reference runtime, on any machine: what Core ML would run, executed from the saved file, operator by operator.
+
+Its times are those of an interpreter, so a report marks them as emulated.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from calora_export.devices import host
+from calora_export.errors import DeviceError, mismatch
+from calora_export.jobs import Job, Trace
+from calora_export.package import Package
+
+
+def run(address: str, package: Package, job: Job) -> Trace:
+    """Run the job in a child process; its one-line errors come back as DeviceError."""
+    if package.manifest.target != "coreml" or address:
+        expected = "reference, for a Core ML package"
+        raise DeviceError(mismatch("--device", "reference", expected, package.manifest.target, "use --device host"))
+    return host.ask([sys.executable, "-m", __name__], "reference", package, job)
+
+
+def answer(package: Package, job: Job) -> Trace:
+    """Run a job in this process; the answer has the peaks of the model's activations."""
+    from calora_export.coreml_engines import Reference
+    from calora_export.runtimes.coreml import CoremlSession
+
+    engines = Reference(job.threads)
+    trace = host.work(package, job, lambda package, _: CoremlSession(package, engines))
+    peaks = engines.peaks[package.manifest.model.file]
+    return replace(trace, answer=msgspec.structs.replace(trace.answer, runtime="reference", peaks=peaks))
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.serve(Path(sys.argv[1]), Path(sys.argv[2]), answer))
