@@ -1,0 +1,274 @@
+"""What is read of a saved .mlpackage, against packages that coremltools alone made."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calora_export import fitness, mil_program, mlpackage, neural_engine, profiles
+from calora_export.errors import PackageError, UnsupportedError
+from calora_export.fitness import Fitness
+from calora_export.profiles import Profile
+
+MB = 2**20
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of packages; importing coremltools and writing them costs about ten seconds."""
+    pytest.importorskip("coremltools")
+    from tests import coreml_packages as packages
+
+    directory = tmp_path_factory.mktemp("mlpackages")
+    parts = [
+        packages.decoder(directory / "decoder.mlpackage"),
+        packages.decoder(directory / "longest.mlpackage", packages.LONGEST),
+    ]
+    packages.multifunction(directory / "both.mlpackage", parts)
+    packages.chain(directory / "chain.mlpackage")
+    packages.chain(directory / "chain32.mlpackage", packages.ct.target.iOS17, "fp32")
+    packages.odd(directory / "odd.mlpackage")
+    packages.enumerated(directory / "enumerated.mlpackage")
+    return directory
+
+
+def look(made: Path, name: str) -> Fitness:
+    return fitness.read(made / f"{name}.mlpackage")
+
+
+def main(made: Path, name: str) -> mil_program.Function:
+    [function] = mil_program.read(made / f"{name}.mlpackage")[1]
+    return function
+
+
+def rules(found: Fitness) -> dict[str, dict[str, int]]:
+    return {finding.rule: finding.operators for finding in found.findings}
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_systems_are_those_that_coremltools_targets(made: Path) -> None:
+    import coremltools as ct
+
+    for version, systems in fitness.SYSTEMS.items():
+        for system, oldest in systems.items():
+            assert ct.target[f"{system}{oldest}"] == version
+    assert max(fitness.SYSTEMS) == max(ct.target)
+    assert (look(made, "decoder").os, look(made, "chain32").os) == (
+        {"iOS": "18", "macOS": "15"},
+        {"iOS": "17", "macOS": "14"},
+    )
+
+
+def test_operators_are_those_that_coremltools_reads_back(made: Path) -> None:
+    import coremltools as ct
+
+    spec = ct.models.utils.load_spec(str(made / "decoder.mlpackage"))
+    block = spec.mlProgram.functions["main"].block_specializations["CoreML8"]
+    counted = Counter(entry.type for entry in block.operations)
+    for stored in ("const", "constexpr_blockwise_shift_scale"):
+        del counted[stored]
+    assert look(made, "decoder").operators == counted and counted["linear"] == 2
+
+
+def test_a_bound_is_the_shape_that_the_longest_call_has(made: Path) -> None:
+    """The same program of fixed lengths, whose shapes coremltools inferred, is the reference."""
+    ranged, fixed = main(made, "decoder"), main(made, "longest")
+    assert [entry.type for entry in ranged.operations] == [entry.type for entry in fixed.operations]
+    compared = 0
+    for entry, reference in zip(ranged.operations, fixed.operations, strict=True):
+        for value, expected in zip(entry.outputs, reference.outputs, strict=True):
+            assert value.bound == expected.dims, entry.type
+            compared += None in value.dims
+    assert compared > 10
+    assert [value.bound for value in ranged.inputs] == [value.dims for value in fixed.inputs]
+
+
+def test_an_enumeration_counts_with_its_largest_shape(made: Path) -> None:
+    function = main(made, "enumerated")
+    assert dict(function.flexibility) == {"x": "enumerated"}
+    assert function.inputs[0].bound == function.operations[0].outputs[0].bound == (1, 32)
+    assert look(made, "enumerated").findings == []
+
+
+def test_an_operator_without_a_rule_gets_the_longest_length() -> None:
+    unknown = mil_program.Value("x", "float16", (None, 3), (7, 3), "input")
+    assert mil_program._bound("range_1d", (None,), {"end": (unknown,)}, 99) == (99,)
+    assert mil_program._bound("reshape", (None, None), {"x": (unknown,)}, 99) == (7, 7)
+    assert mil_program._bound("slice_by_index", (None, 3), {"x": (unknown,)}, 99) == (7, 3)
+
+
+# ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_memory_is_the_sum_in_the_docstring(made: Path) -> None:
+    found = look(made, "decoder")
+    file = next((made / "decoder.mlpackage").rglob("weight.bin"))
+    assert found.weights == file.stat().st_size
+    assert found.states == 2 * 64 * 32 * 2
+    assert found.inputs == 16 * 4 + 16 * 64 * 2 + 8 * 2
+    assert found.memory == found.weights + found.states + found.inputs + found.activations
+
+
+def test_int4_weights_would_be_expanded_to_halves(made: Path) -> None:
+    found, numbers = look(made, "decoder"), 64 * 64
+    assert found.expanded - found.weights == numbers * 2 - (numbers // 2 + 64 * 2 * 2)
+    assert look(made, "chain").expanded == look(made, "chain").weights
+
+
+@pytest.mark.parametrize(("name", "width"), [("chain", 2), ("chain32", 4)])
+def test_activations_are_what_is_alive_at_once(made: Path, name: str, width: int) -> None:
+    """linear [4, 16] and its relu at once; the reshapes of it are the same memory, and beside [16, 2] less."""
+    assert look(made, name).activations == 2 * 64 * width
+
+
+def test_a_state_is_not_an_activation(made: Path) -> None:
+    function = main(made, "longest")
+    alive = max(prod(value.bound) * 2 for entry in function.operations for value in entry.outputs)
+    assert alive == prod(function.states[0].bound) * 2  # reads of the cache are the largest values …
+    most = look(made, "longest").activations
+    assert most < 2 * alive  # … of which there are three, and none counts
+
+
+def test_functions_share_weights_and_only_one_runs(made: Path) -> None:
+    one, both = look(made, "decoder"), look(made, "both")
+    assert both.functions == ["f0", "f1"] and one.functions == ["main"]
+    assert both.weights < 1.1 * one.weights
+    assert (both.states, both.inputs, both.activations) == (one.states, one.inputs, one.activations)
+    assert both.expanded - both.weights == one.expanded - one.weights
+    assert both.operators == {name: 2 * count for name, count in one.operators.items()}
+
+
+# ── the Neural Engine ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_rule_finds_its_operator(made: Path) -> None:
+    assert rules(look(made, "odd")) == {
+        "float32": {"exp": 1},
+        "integers": {"topk": 1},
+        "lookup": {"topk": 1},
+        "recurrent": {"lstm": 1},
+        "rank": {"reshape": 1},
+        "depth": {"linear": 2},
+        "state width": {"read_state": 1},
+    }
+    decoder = rules(look(made, "decoder"))
+    assert decoder["blocks"] == {"linear": 1} and decoder["lookup"] == {"gather": 1}
+    assert set(decoder) == {"range", "integers", "lookup", "blocks"}
+    assert {rule.name for rule in neural_engine.RULES} == set(decoder) | set(rules(look(made, "odd")))
+
+
+def test_a_range_moves_what_depends_on_it(made: Path) -> None:
+    function = main(made, "decoder")
+    depends = Counter(e.type for e in function.operations if any(None in value.dims for value in e.outputs))
+    assert rules(look(made, "decoder"))["range"] == depends
+    assert "range" not in rules(look(made, "longest"))
+
+
+def test_an_operator_in_several_findings_counts_once(made: Path) -> None:
+    assert look(made, "odd").off_engine == 7  # topk breaks two rules
+    assert look(made, "chain").off_engine == 0 and look(made, "chain").findings == []
+    assert look(made, "chain32").off_engine == sum(look(made, "chain32").operators.values())
+
+
+def test_every_rule_names_who_says_so() -> None:
+    for rule in neural_engine.RULES:
+        assert rule.basis in ("documented", "observed") and len(rule.source) > 20
+
+
+# ── a device ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def phone(**changes: Any) -> Profile:
+    facts = {"targets": ("coreml",), "os": "iOS", "os_floor": "18.0", "memory_mb": 3000}
+    return Profile("apple", "d", **{**facts, **changes})
+
+
+def test_a_device_that_suits_has_no_problems(made: Path) -> None:
+    parts = {"model.mlpackage": look(made, "decoder")}
+    assert fitness.problems(parts, phone(), "phone") == []
+    assert fitness.problems(parts, phone(os="macOS", os_floor="15"), "mac") == []
+    assert fitness.problems(parts, Profile("apple", "d", ("coreml",)), "unknown") == []
+
+
+def test_an_older_system_is_a_problem(made: Path) -> None:
+    parts = {"router.mlpackage": look(made, "chain32"), "model.mlpackage": look(made, "decoder")}
+    expected = ["phone: os_floor: expected iOS 18 or newer, found 17.6"]
+    assert fitness.problems(parts, phone(os_floor="17.6"), "phone") == expected
+    [line] = fitness.problems(parts, phone(os="iPadOS", os_floor="9"), "pad")
+    assert line == "pad: os_floor: expected iPadOS 18 or newer, found 9"
+    assert fitness.problems({"r": parts["router.mlpackage"]}, phone(os_floor="17.0"), "phone") == []
+
+
+def test_all_parts_must_fit_at_once(made: Path) -> None:
+    one = fitness.read(made / "decoder.mlpackage")
+    large = Fitness(**{name: getattr(one, name) for name in one.__struct_fields__} | {"memory": 2 * MB, "weights": MB})
+    parts = {"model.mlpackage": large, "router.mlpackage": large}
+    assert fitness.problems(parts, phone(memory_mb=4), "phone") == []
+    [line] = fitness.problems(parts, phone(memory_mb=3), "phone")
+    assert line.startswith("phone: memory_mb: expected at most 3 MB, found 4.0 MB (weights 2.0, ")
+    [line] = fitness.problems(parts, phone(memory_mb=None, ram_mb=3), "phone")
+    assert line.startswith("phone: ram_mb: expected at most 3 MB")
+
+
+def test_a_state_beside_mixed_inputs_is_warned_of(made: Path) -> None:
+    assert look(made, "decoder").warnings == [fitness.MIXED]  # ids and mask are of a range, gate is fixed
+    for name in ("longest", "enumerated", "chain"):
+        assert look(made, name).warnings == []
+
+
+def test_a_package_is_checked_as_a_whole(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(made / "chain32.mlpackage", tmp_path / "router.mlpackage")
+    shutil.copytree(made / "decoder.mlpackage", tmp_path / "model.mlpackage")
+    files = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()]
+    assert set(fitness.of_package(tmp_path, files)) == {"model.mlpackage", "router.mlpackage"}
+    fitness.check("iphone-15-pro", tmp_path, files)
+    monkeypatch.setattr(profiles, "load", lambda name: phone(os_floor="17.0", targets=("onnx",)))
+    with pytest.raises(UnsupportedError) as caught:
+        fitness.check("phone", tmp_path, files)
+    assert str(caught.value) == (
+        "phone: targets: expected coreml among them, found onnx; phone: os_floor: expected iOS 18 or newer, found 17.0"
+    )
+    fitness.check("phone", tmp_path, ["model.onnx"])
+
+
+# ── wrong packages, and time ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_version_from_the_future_is_refused(made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made / "chain.mlpackage", tmp_path / "new.mlpackage"))
+    spec: Any = mlpackage.read_spec(copy)
+    spec.specificationVersion = 99
+    mlpackage.model_file(copy).write_bytes(spec.SerializeToString())
+    with pytest.raises(
+        PackageError, match="new.mlpackage: specificationVersion: expected a version from 6 to 10, found 99"
+    ):
+        fitness.read(copy)
+
+
+def test_a_program_that_names_nothing_is_refused(made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made / "chain.mlpackage", tmp_path / "cut.mlpackage"))
+    spec: Any = mlpackage.read_spec(copy)
+    del spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations[:2]
+    mlpackage.model_file(copy).write_bytes(spec.SerializeToString())
+    with pytest.raises(PackageError, match="^cut.mlpackage: .*: expected a value that is made before it is used"):
+        fitness.read(copy)
+
+
+def test_no_coremltools_and_under_two_seconds(made: Path) -> None:
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from pathlib import Path; from calora_export import fitness\n"
+        f"fitness.read(Path({str(made / 'decoder.mlpackage')!r}))\n"
+        "assert not {'coremltools', 'torch'} & set(sys.modules)\n"
+        "assert time.perf_counter() - start < 2"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
