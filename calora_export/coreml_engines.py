@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from calora_export import mil
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -18,7 +21,9 @@ class Engine(Protocol):
 
 
 class Engines(Protocol):
-    def open(self, path: Path) -> Engine: ...
+    def open(self, path: Path, function: str | None = None) -> Engine:
+        """function: None for the one that runs by default."""
+        ...
 
 
 class Reference:
@@ -29,18 +34,21 @@ class Reference:
 
         torch.set_num_threads(threads)
         self.peaks: dict[str, dict[str, float]] = {}
+        self._programs: dict[Path, mil.Program] = {}
 
-    def open(self, path: Path) -> Engine:
-        return _Interpreted(path, self.peaks.setdefault(path.name, {}))
+    def open(self, path: Path, function: str | None = None) -> Engine:
+        from calora_export import mil
+
+        if path not in self._programs:
+            self._programs[path] = mil.load(path)
+        program = self._programs[path]
+        chosen = program.functions[function or program.default]
+        return _Interpreted(chosen, self.peaks.setdefault(path.name, {}))
 
 
 class _Interpreted:
-    def __init__(self, path: Path, peaks: dict[str, float]) -> None:
-        from calora_export import mil
-
-        program = mil.load(path)
-        self._function = program.functions[program.default]
-        self._state, self._peaks = self._function.state(), peaks
+    def __init__(self, function: mil.Function, peaks: dict[str, float]) -> None:
+        self._function, self._state, self._peaks = function, function.state(), peaks
 
     def run(self, inputs: Arrays) -> Arrays:
         return self._function.run(inputs, self._state, self._peaks)
@@ -52,17 +60,17 @@ class Predictions:
     def __init__(self, units: str = "ALL") -> None:
         self._units = units
 
-    def open(self, path: Path) -> Engine:
-        return _Predicted(path, self._units)
+    def open(self, path: Path, function: str | None = None) -> Engine:
+        return _Predicted(path, self._units, function)
 
 
 class _Predicted:
     """Written from Apple's documentation and not yet run: it needs macOS 15."""
 
-    def __init__(self, path: Path, units: str) -> None:
+    def __init__(self, path: Path, units: str, function: str | None) -> None:
         import coremltools as ct
 
-        self._model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units])
+        self._model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units], function_name=function)
         self._state = self._model.make_state() if self._model.get_spec().description.state else None
 
     def run(self, inputs: Arrays) -> Arrays:

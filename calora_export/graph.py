@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class Slot:
 class Graph:
     """A traced model. `program` takes ids [1, S], past, downs, ups, gate [R], recovery [R] and returns logits, present.
 
-    groups are the sites that share an input, in the order in which the model calls them, head included.
+    groups are the sites that share an input, in the order in which the model calls them, head included. adapters, by
+    id, are for targets that make each a part of the model; their scales are folded into `up`.
     """
 
     program: torch.export.ExportedProgram
@@ -35,6 +36,7 @@ class Graph:
     last_only: bool
     recovery: bool
     tensors: Mapping[str, Tensor]
+    adapters: Mapping[str, Rows] = field(default_factory=dict)
 
     def roles(self) -> dict[str, str]:
         """Placeholder → role: `ids`, `past.3`, `down.<site>`, `up.<site>`, `gate`, `recovery` or a tensor's name."""

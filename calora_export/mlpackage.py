@@ -8,13 +8,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 
+BASE = ""  # in the place of an adapter's id
 _PRIVATE = "calora_export._coreml_proto"
 
 
@@ -60,3 +63,18 @@ def read_spec(package: Path) -> object:
     if not spec.HasField("mlProgram"):
         raise PackageError(mismatch(f"{package.name}/{file.name}", "type", "mlProgram", spec.WhichOneof("Type")))
     return spec
+
+
+def function_names(adapters: Iterable[str]) -> dict[str, str]:
+    """Adapter, or BASE → the function of a multifunction model that has it baked in: its id as Core ML allows it.
+
+    UnsupportedError when two are alike.
+    """
+    found = {BASE: "base"}
+    for name in adapters:
+        function = re.sub(r"\W", "_", name if name[0].isalpha() else f"_{name}")
+        if function in found.values():
+            expected = "an id that is a function's name of its own"
+            raise UnsupportedError(mismatch("bundle.json", "adapters", expected, f"{name}, which would be {function}"))
+        found[name] = function
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -58,6 +59,10 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
     """Encode one more adapter into a package. Only its own file and package.json are written."""
     package = packages.load(package_path)
     manifest = package.manifest
+    if manifest.settings.adapter_inputs == "functions":
+        hint = "export again, or with a recipe whose adapters are inputs"
+        expected = "adapters that are files"
+        raise PackageError(mismatch(packages.FILE, "settings.adapter_inputs", expected, "functions", hint))
     _require_slots(adapter_path, manifest.slots)
     adapter = rows.load_adapter_dir(adapter_path, manifest.slots.linears())
     check_id(adapter.id, str(adapter_path), "id")
@@ -136,6 +141,9 @@ class _Export:
         recovery = any(adapter.recovery.any() for adapter in self.adapters)
         last_only = self.recipe.logits == "last"
         traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
+        if self.recipe.adapter_inputs == "functions":
+            baked = {adapter.id: model.Rows.of(adapter) for adapter in self.adapters}
+            traced = dataclasses.replace(traced, adapters=baked)
         progress("lowering")
         fingerprint = self.bundle.manifest.base.fingerprint
         author, licence = (str(self.bundle.manifest.provenance.get(key, "")) for key in ("author", "license"))

@@ -24,9 +24,9 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to hold the weights of some modules. The first rule whose pattern matches a module's name wins; a `*` in it
     stands for any text.
 
-    fp32 and fp16 hold every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the target's
-    kernels do (`holding`), and quantise dense ones (symmetric, round to nearest) in groups, or rows where group_size
-    is 0. The package and the report say what is not exactly as the bundle has it.
+    fp32 and fp16 hold every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the
+    target's kernels do (`holding`), and quantise dense ones (symmetric, round to nearest) in groups, or rows where
+    group_size is 0. The package and the report say what is not exactly as the bundle has it.
     """
 
     modules: str
@@ -65,7 +65,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of a mix. logits: of the `last` position or `all` of them. activations: what a packed base reads, `float` as it is,
     or rounded to int8 inside the kernel per block of the weight's group size or per token (`ops.round_activations`).
     adapters: the dtype of adapter files. adapter_inputs: `optional` where the runtime has an adapter API, `required`
-    where it has none (browsers). kernels: what attention and slots run on in an ExecuTorch app, `llm`: operators of its
+    where it has none (browsers), `functions` where each adapter becomes a function of the model (Neural Engine: no
+    mixes, none added later). lengths: how many tokens a call may take where a compiler needs to know, 1 among them;
+    empty: any up to chunk. kernels: what attention and slots run on in an ExecuTorch app, `llm`: operators of its
     LLM framework and calora::slot; `portable`: those of the plain SDK.
     """
 
@@ -79,7 +81,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logits: Literal["last", "all"] = "last"
     activations: Activations = "float"
     adapters: Literal["fp32", "fp16"] = "fp32"
-    adapter_inputs: Literal["optional", "required"] = "optional"
+    adapter_inputs: Literal["optional", "required", "functions"] = "optional"
+    lengths: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     kernels: Literal["llm", "portable"] = "llm"
 
     def rule(self, module: str) -> Rule:

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from calora_export import mlpackage
 from calora_export.adapters import Adapter
 from calora_export.coreml_engines import Engine, Engines, Predictions, Reference
 from calora_export.errors import DeviceError, PackageError, mismatch
@@ -59,7 +60,7 @@ class Rows:
 
 
 def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
-    """Several adapters side by side, each with its gate; none: one row of gate 0. A lone one stays where it is mapped."""
+    """Several adapters side by side, each with its gate; none: one row of gate 0. A lone one stays where it is."""
     if not parts:
         features = sum(slot.inputs + slot.outputs for slot in slots.tensors)
         return Rows(np.zeros((features, 1), HALF), np.zeros(1, HALF), np.zeros(1, HALF))
@@ -102,7 +103,7 @@ class CoremlSession:
     def __init__(self, package: Package, engines: Engines) -> None:
         self._package, self._manifest, self._engines = package, package.manifest, engines
         self._shelf = Shelf(package, read_adapter)
-        self._model = engines.open(package.path / self._manifest.model.file)
+        self._functions: dict[str, Engine] = {}
         self._router: Engine | None = None
         self._length = 0
         self._mix: dict[str, float] = {}
@@ -113,9 +114,14 @@ class CoremlSession:
         return dict(self._mix)
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
-        parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
-        self._package.require_rank(sum(rows.rank for rows, _ in parts))
-        self._rows = blend(parts, self._manifest.slots)
+        if self._manifest.settings.adapter_inputs == "functions":
+            self._model = self._function(mix)
+            self._rows = None
+        else:
+            parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
+            self._package.require_rank(sum(rows.rank for rows, _ in parts))
+            self._model = self._opened(None)
+            self._rows = blend(parts, self._manifest.slots) if self._manifest.slots.tensors else None
         self._mix = dict(mix)
         if not keep_cache:
             self.forget()
@@ -124,19 +130,15 @@ class CoremlSession:
         self._length = 0
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
-        total = self._length + len(ids)
-        self._package.require_room(total)
-        parts = []
-        for start in range(0, len(ids), self._manifest.settings.chunk):
-            part = ids[start : start + self._manifest.settings.chunk]
-            inputs = {"inputIds": np.array([part], np.int32), "causalMask": _mask(self._length, len(part))}
-            if self._manifest.slots.tensors:
-                rows = self._rows
-                inputs |= {"adapter": rows.adapter, "gate": rows.gate, "recovery": rows.recovery}
-            parts.append(self._model.run(inputs)["logits"][0])
-            self._length += len(part)
-        logits = parts[-1] if self._manifest.model.logits == "last" else np.concatenate(parts)
-        return logits.astype(np.float32)
+        self._package.require_room(self._length + len(ids))
+        logits = []
+        while ids:
+            count = self._next_length(len(ids))
+            logits.append(self._model.run(self._inputs(ids[:count]))["logits"][0])
+            self._length += count
+            ids = ids[count:]
+        found = logits[-1] if self._manifest.model.logits == "last" else np.concatenate(logits)
+        return found.astype(np.float32)
 
     def route(self, ids: Sequence[int]) -> np.ndarray:
         router = self._package.require_router()
@@ -147,8 +149,40 @@ class CoremlSession:
     def admit(self, path: Path) -> None:
         self._shelf.admit(path)
 
+    def _function(self, mix: Mix) -> Engine:
+        """The function that has the mix's only adapter baked in."""
+        active = {identifier: gate for identifier, gate in mix.items() if gate != 0.0}
+        if len(active) > 1 or any(gate != 1.0 for gate in active.values()):
+            shown = ", ".join(f"{identifier}={gate:g}" for identifier, gate in active.items())
+            expected, hint = "one at weight 1, as each is a function", "export with a recipe whose adapters are inputs"
+            raise PackageError(mismatch("package.json", "adapters", expected, shown, hint))
+        for identifier in active:
+            self._package.adapter(identifier)
+        names = mlpackage.function_names(entry.id for entry in self._manifest.adapters)
+        return self._opened(names[next(iter(active), mlpackage.BASE)])
 
-def _mask(start: int, new: int) -> np.ndarray:
-    """fp16 [1, 1, new, start + new]: a token sees all before it and itself."""
-    seen = np.arange(start + new)[None, :] <= np.arange(start, start + new)[:, None]
+    def _opened(self, function: str | None) -> Engine:
+        key = function or ""
+        if key not in self._functions:
+            self._functions[key] = self._engines.open(self._package.path / self._manifest.model.file, function)
+        return self._functions[key]
+
+    def _next_length(self, left: int) -> int:
+        settings = self._manifest.settings
+        return max((size for size in settings.lengths if size <= left), default=min(left, settings.chunk))
+
+    def _inputs(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
+        settings, start, end = self._manifest.settings, self._length, self._length + len(ids)
+        positions = self._manifest.model.context if settings.lengths else end
+        inputs = {"inputIds": np.array([ids], np.int32), "causalMask": _mask(start, end, positions)}
+        if settings.lengths:
+            inputs["position"] = np.array([start], np.int32)
+        if self._rows is not None:
+            inputs |= {"adapter": self._rows.adapter, "gate": self._rows.gate, "recovery": self._rows.recovery}
+        return inputs
+
+
+def _mask(start: int, end: int, positions: int) -> np.ndarray:
+    """fp16 [1, 1, end - start, positions]: a token sees all before it and itself."""
+    seen = np.arange(positions)[None, :] <= np.arange(start, end)[:, None]
     return np.where(seen, HALF.type(0), HIDDEN)[None, None]

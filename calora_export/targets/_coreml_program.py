@@ -17,8 +17,10 @@ from pathlib import Path
 import coremltools as ct
 import numpy as np
 import torch
+from coremltools.converters.mil.converter import mil_convert
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
+from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
 from calora_export import mlpackage, quiet
 from calora_export.routers import Router
@@ -31,10 +33,14 @@ LONGEST_TEXT = 4096  # tokens that a router reads at once
 
 @dataclass(frozen=True)
 class Flexible:
-    """A length that a call chooses, from 1 to `most`; lengths of one name are the same in one call."""
+    """A length that a call chooses: any from 1 to `most`, or one of `only`. One name is one length."""
 
     name: str
     most: int
+    only: tuple[int, ...] = ()
+
+
+Size = int | Flexible
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Input:
     """A tensor that every call gives."""
 
     name: str
-    shape: tuple[int | Flexible, ...]
+    shape: tuple[Size, ...]
     dtype: type[np.generic]
     description: str
 
@@ -71,11 +77,24 @@ class Description:
 Body = Callable[[Mapping[str, Var]], Mapping[str, Var]]
 
 
-def build(inputs: Sequence[Input], states: Sequence[State], body: Body) -> Program:
-    """A program of one function; body gets the inputs and states by name and returns the outputs by name."""
+def build(inputs: Sequence[Input], states: Sequence[State], bodies: Mapping[str, Body]) -> Program:
+    """A program of functions that take the same inputs and states; the first is the one that runs by default.
+
+    A body gets inputs and states by name and returns the outputs by name. Weights alike are stored once.
+    """
+    program = Program()
+    for name, body in bodies.items():
+        program.add_function(name, _function(inputs, states, body))
+    if len(bodies) > 1:
+        program.default_function_name = next(iter(bodies))
+        program.export_as_multifunction = True
+        PASS_REGISTRY["common::const_deduplication"]._deduplicate_const_across_functions(program)
+    return program
+
+
+def _function(inputs: Sequence[Input], states: Sequence[State], body: Body) -> Function:
     lengths = {size.name: size for given in inputs for size in given.shape if isinstance(size, Flexible)}
     symbols = {name: get_new_symbol() for name in lengths}
-    ranges = {name: ct.RangeDim(1, size.most) for name, size in lengths.items()}
     placeholders = {
         given.name: mb.placeholder(
             tuple(symbols[size.name] if isinstance(size, Flexible) else size for size in given.shape),
@@ -89,19 +108,20 @@ def build(inputs: Sequence[Input], states: Sequence[State], body: Body) -> Progr
         for name, value in outputs.items():
             value.name = name
         function.set_outputs(list(outputs.values()))
+    ranges = {name: ct.RangeDim(1, size.most) for name, size in lengths.items() if not size.only}
     function.set_input_types(
-        tuple(
-            ct.TensorType(
-                given.name,
-                tuple(ranges[size.name] if isinstance(size, Flexible) else size for size in given.shape),
-                given.dtype,
-            )
-            for given in inputs
-        )
+        tuple(ct.TensorType(given.name, _shape(given.shape, ranges), given.dtype) for given in inputs)
     )
-    program = Program()
-    program.add_function("main", function)
-    return program
+    return function
+
+
+def _shape(shape: tuple[Size, ...], ranges: Mapping[str, ct.RangeDim]) -> object:
+    """As coremltools takes it: sizes and ranges, or every shape there may be."""
+    choices = next((size.only for size in shape if isinstance(size, Flexible) and size.only), ())
+    if not choices:
+        return tuple(ranges[size.name] if isinstance(size, Flexible) else size for size in shape)
+    shapes = [tuple(choice if isinstance(size, Flexible) else size for size in shape) for choice in choices]
+    return ct.EnumeratedShapes(shapes, default=shapes[0])
 
 
 def save(
@@ -109,10 +129,12 @@ def save(
 ) -> None:
     """Write the package. The same program gives the same bytes."""
     with quiet.libraries():
-        model = ct.convert(
+        model = mil_convert(
             program,
+            convert_from="milinternal",
             convert_to="mlprogram",
-            minimum_deployment_target=TARGET,
+            compute_units=ct.ComputeUnit.ALL,
+            specification_version=TARGET.value,
             skip_model_load=True,
             pass_pipeline=ct.PassPipeline.EMPTY,  # it would fold weights and rename; what is written is what is meant
         )
@@ -140,8 +162,9 @@ def save_traced(router: Router, path: Path) -> None:
 def _write(model: ct.models.MLModel, path: Path, description: Description, texts: Mapping[str, str]) -> None:
     spec = model.get_spec()
     about = spec.description
-    for feature in (*about.input, *about.state, *about.output):
-        feature.shortDescription = {**texts, **description.outputs}.get(feature.name, "")
+    for part in (about, *about.functions):
+        for feature in (*part.input, *part.state, *part.output):
+            feature.shortDescription = {**texts, **description.outputs}.get(feature.name, "")
     metadata = about.metadata
     metadata.shortDescription, metadata.author = description.text, description.author
     metadata.license, metadata.versionString = description.licence, description.version

@@ -18,8 +18,10 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Var, types
 from torch.fx import Node
 
+from calora_export import mlpackage
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
+from calora_export.model import Rows
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
@@ -37,9 +39,13 @@ TO_THE_END = 2**31 - 1  # torch says sys.maxsize or more
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.mlpackage; return where adapter files hold each slot."""
     slots = _nodes.slot_tensors(graph)
-    lowering = _Lowering(graph, slots)
     inputs, states = _inputs(graph, slots, recipe), _states(graph)
-    program = _coreml_program.build(inputs, states, lowering.run)
+    lowerings = {"main": _Lowering(graph, slots, None)}
+    if recipe.adapter_inputs == "functions":
+        rows = {mlpackage.BASE: Rows.none(), **graph.adapters}
+        names = mlpackage.function_names(graph.adapters)
+        lowerings = {names[adapter]: _Lowering(graph, slots, baked) for adapter, baked in rows.items()}
+    program = _coreml_program.build(inputs, states, {name: lowering.run for name, lowering in lowerings.items()})
     _coreml_program.save(program, directory / MODEL, _description(recipe, origin), inputs, states)
     return Slots(
         rank="dynamic",
@@ -63,25 +69,22 @@ def accompany(manifest: Manifest, directory: Path) -> None:
 
 def _inputs(graph: Graph, slots: Sequence[SlotTensor], recipe: Recipe) -> list[Input]:
     context = graph.shape.context
-    new, positions = Flexible("new", min(recipe.chunk, context)), Flexible("positions", context)
-    rank = Flexible("rank", recipe.rank_budget)
+    new = Flexible("new", min(recipe.chunk, context), recipe.lengths)
+    positions = context if recipe.lengths else Flexible("positions", context)
+    mask = "Added to attention scores: 0 where a new token sees a position, very low where not."
+    if not recipe.lengths:
+        mask += " Its last length is how many positions are filled once the new tokens are in the cache."
     found = [
         Input("inputIds", (1, new), np.int32, "The new tokens."),
-        Input(
-            "causalMask",
-            (1, 1, new, positions),
-            HALF,
-            "Added to attention scores: 0 where a new token sees a position, very low where not. Its last length says "
-            "how many positions are filled once the new tokens are in the cache.",
-        ),
+        Input("causalMask", (1, 1, new, positions), HALF, mask),
     ]
-    if slots:
-        rows = sum(slot.inputs + slot.outputs for slot in slots)
+    if recipe.lengths:
+        found.append(Input("position", (1,), np.int32, "How many positions are filled before the new tokens."))
+    if slots and recipe.adapter_inputs != "functions":
+        rows, rank = sum(slot.inputs + slot.outputs for slot in slots), Flexible("rank", recipe.rank_budget)
         found += [
             Input("adapter", (rows, rank), HALF, "An adapter file's `rows`; of a mix, those of each, side by side."),
-            Input(
-                "gate", (rank,), HALF, "The weight of each row, 1 for an adapter alone; rank 1 and gate 0: the base."
-            ),
+            Input("gate", (rank,), HALF, "Each row's weight, 1 for an adapter alone. Rank 1 and gate 0: the base."),
             Input("recovery", (rank,), HALF, "1 where a row is recovery, and passes a GELU; else 0."),
         ]
     return found
@@ -104,10 +107,10 @@ def _description(recipe: Recipe, origin: Origin) -> Description:
 
 
 class _Lowering:
-    """One walk over the traced graph."""
+    """One walk over the traced graph. baked: the adapter that becomes part of it, None where adapters are inputs."""
 
-    def __init__(self, graph: Graph, slots: Sequence[SlotTensor]) -> None:
-        self.graph, self.slots = graph, {slot.site: slot for slot in slots}
+    def __init__(self, graph: Graph, slots: Sequence[SlotTensor], baked: Rows | None) -> None:
+        self.graph, self.slots, self.baked = graph, {slot.site: slot for slot in slots}, baked
         self.offsets = _offsets(slots)
         self.roles = graph.roles()
         self.values: dict[tuple[Node, int], Var] = {}
@@ -171,27 +174,44 @@ class _Lowering:
 
     def _deltas(self, x: Var, members: Sequence[tuple[int, str]]) -> dict[int, Var]:
         """Member → what its slot adds: one `down` and one non-linearity for the group, one `up` each."""
+        if self.baked is not None:
+            members = [(member, site) for member, site in members if site in self.baked.sites]
         if not members:
             return {}
-        first = self.slots[members[0][1]]
-        start, width = self.offsets[first.site][0], len(members) * first.inputs
-        down = mb.reshape(x=self._rows(start, width), shape=[len(members), first.inputs, -1])
-        rows = mb.matmul(x=x, y=down)  # [members, S, R]
-        if self.graph.recovery:
-            rows = mb.select(cond=self._recovery(), a=mb.gelu(x=rows, mode="EXACT"), b=rows)
-        rows = mb.mul(x=rows, y=self.inputs["gate"])
+        sites = [site for _, site in members]
+        rows = self._act(mb.matmul(x=x, y=self._down(sites)))  # [members, S, R]
         deltas: dict[int, Var] = {}
         for part, (member, site) in enumerate(members):
             mine = rows if len(members) == 1 else _slice(rows, 0, part, part + 1)
-            up = self._rows(self.offsets[site][1], self.slots[site].outputs)
-            deltas[member] = mb.matmul(x=mine, y=up, transpose_y=True, name=_label(f"{site}.slot"))
+            deltas[member] = mb.matmul(x=mine, y=self._up(site), transpose_y=True, name=_label(f"{site}.slot"))
         return deltas
 
-    def _rows(self, start: int, count: int) -> Var:
-        return _slice(self.inputs["adapter"], 0, start, start + count)
+    def _down(self, sites: Sequence[str]) -> Var:
+        """[sites, in, R]"""
+        if self.baked is not None:
+            stacked = np.stack([self.baked.sites[site][0].numpy().T for site in sites])
+            return _constant(f"{sites[0]}.down", stacked)
+        first = self.slots[sites[0]]
+        start, count = self.offsets[sites[0]][0], len(sites) * first.inputs
+        rows = _slice(self.inputs["adapter"], 0, start, start + count)
+        return mb.reshape(x=rows, shape=[len(sites), first.inputs, -1])
 
-    def _recovery(self) -> Var:
-        return self._once("recovery", lambda: mb.greater(x=self.inputs["recovery"], y=HALF(0.5)))
+    def _up(self, site: str) -> Var:
+        """[out, R]"""
+        if self.baked is not None:
+            return _constant(f"{site}.up", self.baked.sites[site][1].numpy())
+        start = self.offsets[site][1]
+        return _slice(self.inputs["adapter"], 0, start, start + self.slots[site].outputs)
+
+    def _act(self, rows: Var) -> Var:
+        """GELU on recovery rows, then gates."""
+        if self.baked is not None:
+            marks = self.baked.recovery.numpy()
+            return mb.select(cond=marks, a=mb.gelu(x=rows, mode="EXACT"), b=rows) if marks.any() else rows
+        if self.graph.recovery:
+            marked = self._once("recovery", lambda: mb.greater(x=self.inputs["recovery"], y=HALF(0.5)))
+            rows = mb.select(cond=marked, a=mb.gelu(x=rows, mode="EXACT"), b=rows)
+        return mb.mul(x=rows, y=self.inputs["gate"])
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
@@ -211,7 +231,7 @@ class _Lowering:
         self.values[node, 0] = mb.mul(x=mb.mul(x=y, y=scale), y=weight)
 
     def lower_attention(self, node: Node) -> None:
-        """The query heads that share a key head are rows of one query, so keys and values are read as they are cached."""
+        """The query heads that share a key head are rows of one query: keys and values are read as they are cached."""
         shape = self.graph.shape
         *qkv, past, _, cos, sin, scale, window, softcap = node.args
         layer = int(self.roles[_nodes.node(past).name].removeprefix("past.")) // 2
@@ -247,21 +267,26 @@ class _Lowering:
         return mb.reshape(x=q, shape=[1, self.graph.shape.kv_heads, -1, self.graph.shape.head_dim])
 
     def _cached(self, name: str, layer: int, new: Var) -> Var:
-        """Put the new keys or values [1, KV, S, D] behind the old ones; all of them [1, KV, P + S, D]."""
+        """Put new keys or values [1, KV, S, D] behind the old ones; all, or the whole cache."""
         shape, state, (start, end) = self.graph.shape, self.inputs[name], self._bounds()
-        last = [layer + 1, shape.kv_heads]
-        stop = mb.concat(values=[*last, end, shape.head_dim], axis=0)
+        stop = mb.concat(values=[layer + 1, shape.kv_heads, end, shape.head_dim], axis=0)
         begin = mb.concat(values=[layer, 0, start, 0], axis=0)
         grown = mb.slice_update(x=mb.read_state(input=state), update=new, begin=begin, end=stop)
         mb.coreml_update_state(state=state, value=grown)
-        return mb.slice_by_index(x=mb.read_state(input=state), begin=[layer, 0, 0, 0], end=stop)
+        now = mb.read_state(input=state)
+        if "position" in self.inputs:
+            return _slice(now, 0, layer, layer + 1)
+        return mb.slice_by_index(x=now, begin=[layer, 0, 0, 0], end=stop)
 
     def _bounds(self) -> tuple[Var, Var]:
         """Where this call's positions start and end."""
         sizes = self._once("sizes", lambda: mb.shape(x=self.inputs["causalMask"]))
+        new = self._once("new", lambda: mb.gather(x=sizes, indices=2, axis=0))
+        if "position" in self.inputs:
+            start = self._once("start", lambda: mb.squeeze(x=self.inputs["position"], axes=[0]))
+            return start, self._once("end", lambda: mb.add(x=start, y=new))
         end = self._once("end", lambda: mb.gather(x=sizes, indices=3, axis=0))
-        start = self._once("start", lambda: mb.sub(x=end, y=mb.gather(x=sizes, indices=2, axis=0)))
-        return start, end
+        return self._once("start", lambda: mb.sub(x=end, y=new)), end
 
     def _positions_of(self, table: object) -> Var:
         """This call's rows of a rotary table, [1, S, 1, half]."""
@@ -281,7 +306,8 @@ class _Lowering:
 
         def seen() -> Var:
             start, end = self._bounds()
-            new, old = mb.range_1d(start=start, end=end, step=1), mb.range_1d(start=0, end=end, step=1)
+            last = self.graph.shape.context if "position" in self.inputs else end
+            new, old = mb.range_1d(start=start, end=end, step=1), mb.range_1d(start=0, end=last, step=1)
             distance = mb.sub(x=mb.expand_dims(x=new, axes=[1]), y=mb.expand_dims(x=old, axes=[0]))
             far = mb.greater_equal(x=distance, y=window)
             return mb.select(cond=far, a=LOWEST, b=self.inputs["causalMask"])
