@@ -95,7 +95,10 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 @dataclass(frozen=True)
 class SiteBranch:
-    """One branch at one site: `down` [r, in] and `up` [out, r] are the names of its tensors."""
+    """One branch at one site: `down` [r, in] and `up` [out, r] are the names of its tensors.
+
+    A tied matrix lies at another site: `down_at` and `up_at` say which.
+    """
 
     site: str
     role: Literal["lora", "recovery"]
@@ -103,16 +106,18 @@ class SiteBranch:
     alpha: float
     scale: float
     act: Literal["identity", "gelu"]
+    down_at: str | None = None
+    up_at: str | None = None
 
     @property
     def down(self) -> str:
         """lora_A or lora_a1"""
-        return f"{_PREFIX}{self.site}.{_SUFFIXES[self.role][0]}"
+        return f"{_PREFIX}{self.down_at or self.site}.{_SUFFIXES[self.role][0]}"
 
     @property
     def up(self) -> str:
         """lora_B or lora_a2"""
-        return f"{_PREFIX}{self.site}.{_SUFFIXES[self.role][1]}"
+        return f"{_PREFIX}{self.up_at or self.site}.{_SUFFIXES[self.role][1]}"
 
 
 def read_config(directory: Path, label: str) -> PeftConfig:
@@ -169,10 +174,12 @@ def declared_branches(
         if not math.isclose(branch.scale, expected, rel_tol=1e-6):
             formula = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
             raise wrong(f"{at}.scale", f"{formula} = {expected:g}", f"{branch.scale:g}")
-        for site in expand_sites(branch.sites, linears, FILE, f"{at}.sites"):
+        sites = expand_sites(branch.sites, linears, FILE, f"{at}.sites")
+        down_at, up_at = (sites[0] if which in branch.tied else None for which in ("down", "up"))
+        for site in sites:
             if (site, branch.role) in placed:
                 raise wrong(f"{at}.sites", f"{site} in one {branch.role} branch", "it in two")
-            own = SiteBranch(site, branch.role, branch.r, branch.alpha, branch.scale, branch.act)
+            own = SiteBranch(site, branch.role, branch.r, branch.alpha, branch.scale, branch.act, down_at, up_at)
             placed[site, branch.role] = own
             if branch.role == "lora":
                 _check_against_config(own, config, f"{label}/{CONFIG}")
@@ -206,7 +213,9 @@ def check_tensors(tensors: TensorIndex, branches: Sequence[SiteBranch], linears:
             file, expected = tensors.file_of(branch.down), "a linear layer of the base"
             raise BundleError(mismatch(file, branch.down, expected, branch.site, hint))
         rows, columns = linears[branch.site]
-        shapes |= {branch.down: (branch.r, columns), branch.up: (rows, branch.r)}
+        for name, shape in ((branch.down, (branch.r, columns)), (branch.up, (rows, branch.r))):
+            if shapes.setdefault(name, shape) != shape:
+                raise BundleError(mismatch(FILE, f"tied at {branch.site}", f"{list(shapes[name])}", f"{list(shape)}"))
     file = f"{tensors.label}/{WEIGHTS}"
     for name, shape in shapes.items():
         if name not in tensors.tensors:

@@ -28,8 +28,11 @@ _STEP_PARAMETERS = {"prune": ("pattern",), "int4": _INT, "int8": _INT}
 _SELECT_PARAMETER = {"top_p": "p", "top_k": "k", "threshold": "threshold", "all": None}
 
 
-class Branch(Struct, frozen=True, forbid_unknown_fields=True):
-    """One pair of matrices per site, y += scale · up(act(down x)), with down [r, in] and up [out, r]."""
+class Branch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One pair of matrices per site, y += scale · up(act(down x)), with down [r, in] and up [out, r].
+
+    What is `tied` is one tensor for all sites: the file holds it at the first of them.
+    """
 
     role: Literal["lora", "recovery", "expert"]
     sites: Sites
@@ -37,6 +40,7 @@ class Branch(Struct, frozen=True, forbid_unknown_fields=True):
     alpha: Positive
     scale: Positive
     act: Literal["identity", "gelu"]
+    tied: tuple[Literal["down", "up"], ...] = ()
 
 
 class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):

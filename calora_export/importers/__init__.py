@@ -1,7 +1,7 @@
 """One module per format that trainers publish, found by its file name.
 
-run(base, …, out, …) -> Imported      writes the bundle `out`; its parameters, with the numbers that the files do not hold
-                                      among them, are the command line's, and its docstring's first paragraph is its help
+run(base, …, out, …) -> Imported      writes the bundle `out`. Its parameters, with the numbers that the files do not
+                                      hold among them, are the command line's; its docstring begins with its help
 """
 
 from __future__ import annotations

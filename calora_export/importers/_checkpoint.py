@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,13 @@ class Checkpoint:
             raise self.wrong(key, "finite values", "NaN or Inf")
         return array
 
+    def integer(self, key: str) -> int:
+        """The one integer of a tensor; BundleError for anything else."""
+        tensor = self._tensor(key)
+        if tensor.numel() != 1 or tensor.dtype.is_floating_point:
+            raise self.wrong(key, "one integer", f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}")
+        return int(tensor)
+
     def sites(self, marker: str) -> dict[str, set[str]]:
         """`<site><marker><part>` keys as site → parts; BundleError for any other key."""
         found: dict[str, set[str]] = {}
@@ -61,7 +69,7 @@ class Checkpoint:
         for part in sorted(expected - found):
             raise self.wrong(f"{site}{marker}{part}", "a tensor", "nothing")
 
-    def site_shape(self, site: str, linears: dict[str, tuple[int, int]], key: str) -> tuple[int, int]:
+    def site_shape(self, site: str, linears: Mapping[str, tuple[int, int]], key: str) -> tuple[int, int]:
         """(out, in) of the base's layer `site`; BundleError when the base has no such layer."""
         if site not in linears:
             example = next((name for name in linears if name.endswith(site.rsplit(".", 1)[-1])), next(iter(linears)))
@@ -103,7 +111,9 @@ def _pickle(file: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about pickles of other kinds, which are refused in a line of their own
+            warnings.simplefilter("ignore")
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as problem:
         hint = "torch.save(model.state_dict(), file) writes one"
         more = isinstance(problem, pickle.UnpicklingError)

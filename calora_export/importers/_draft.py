@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from calora_export import strict_json
+from calora_export import adapter_format, strict_json
 from calora_export.bundle import load, read_base, read_base_config
 from calora_export.compression import WeightFormat
-from calora_export.errors import BundleError, mismatch
+from calora_export.errors import BundleError, UnsupportedError, mismatch
 from calora_export.manifest import (
     AdapterSpec,
     BaseSpec,
@@ -105,6 +105,10 @@ def directory_ids(adapters: Sequence[Path]) -> list[str]:
     for path in adapters:
         if not path.is_dir():
             raise BundleError(mismatch(path, "adapter", "a directory", "a file" if path.exists() else "nothing"))
+        if (path / "config.json").is_file() and not (path / adapter_format.CONFIG).is_file():
+            hint = "merging can not be undone: save every LoRA before merge_and_unload"
+            found = "a whole model, its LoRAs merged into it"
+            raise UnsupportedError(mismatch(path, "adapter", f"{adapter_format.CONFIG} with its A and B", found, hint))
         ids.append(adapter_id(path, ids))
     return ids
 

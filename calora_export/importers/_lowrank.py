@@ -1,14 +1,15 @@
 """Low-rank adapters in memory: their arithmetic, and how they become an adapter directory.
 
-    y += scale · up(act(down x))        act = identity for LoRA, GELU or identity for recovery
+y += scale · up(act(down x))        act = identity for LoRA, GELU or identity for recovery
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,7 @@ def write(adapter: LowRank, directory: Path, linears: Mapping[str, tuple[int, in
 
     branches = [_branch(site, "lora", pair, "identity") for site, pair in adapter.lora.items()]
     branches += [_branch(site, "recovery", pair, adapter.act) for site, pair in adapter.recovery.items()]
+    branches = _tie(branches, adapter)
     tensors: dict[str, np.ndarray] = {}
     for branch in branches:
         pair = (adapter.lora if branch.role == "lora" else adapter.recovery)[branch.site]
@@ -88,13 +90,39 @@ def collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, in
     """One branch per distinct role, rank, alpha, scale and activation; LoRA before recovery."""
     groups: dict[tuple[object, ...], list[SiteBranch]] = {}
     for branch in sorted(branches, key=lambda branch: branch.role):
-        key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act)
+        key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act, branch.down_at, branch.up_at)
         groups.setdefault(key, []).append(branch)
     collapsed: list[Branch] = []
     for members in groups.values():
         first, sites = members[0], collapse_sites([member.site for member in members], linears)
-        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act))
+        down: tuple[Literal["down"], ...] = ("down",) if first.down_at else ()
+        up: tuple[Literal["up"], ...] = ("up",) if first.up_at else ()
+        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act, (*down, *up)))
     return tuple(collapsed)
+
+
+def _tie(branches: Sequence[SiteBranch], adapter: LowRank) -> list[SiteBranch]:
+    """A matrix that is the same at several sites lies at the first of them, once."""
+    groups: dict[tuple[object, ...], list[SiteBranch]] = {}
+    seen = Counter(key for branch in branches for key in _digests(branch, adapter))
+    for branch in sorted(branches, key=lambda branch: natural_key(branch.site)):
+        down, up = (key if seen[key] > 1 else None for key in _digests(branch, adapter))
+        alone = branch.site if down is None and up is None else None
+        groups.setdefault((branch.role, branch.r, branch.scale, down, up, alone), []).append(branch)
+    tied: list[SiteBranch] = []
+    for (_, _, _, down, up, _), members in groups.items():
+        first = members[0].site if len(members) > 1 else None
+        at = {"down_at": first if down else None, "up_at": first if up else None}
+        tied += [replace(branch, **at) for branch in members]
+    return tied
+
+
+def _digests(branch: SiteBranch, adapter: LowRank) -> tuple[str, str]:
+    pair = (adapter.lora if branch.role == "lora" else adapter.recovery)[branch.site]
+    names = ("down", pair.down), ("up", pair.up)
+    return tuple(  # type: ignore[return-value]
+        f"{branch.role} {name} {matrix.shape} {hashlib.sha256(matrix.tobytes()).hexdigest()}" for name, matrix in names
+    )
 
 
 def _branch(site: str, role: Literal["lora", "recovery"], pair: Pair, act: Act) -> SiteBranch:

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from calora_export.errors import BundleError, mismatch
+from calora_export.manifest import check_id
+
 Base = Annotated[Path, typer.Argument(help="A Hugging Face model directory.", show_default=False)]
 Adapters = Annotated[list[Path], typer.Argument(help="PEFT adapter directories.", show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A state dict: .pt, .pth, .bin or .safetensors.", show_default=False)]
@@ -17,3 +20,13 @@ Rslora = Annotated[bool, typer.Option("--rslora", help="It was trained with the 
 Tasks = Annotated[
     str, typer.Option(help="The tasks' names in the order of their indices: one,two,…", show_default=False)
 ]
+
+
+def task_names(tasks: str) -> tuple[str, ...]:
+    """`one,two` → (one, two); BundleError unless each can be an id of its own."""
+    names = tuple(name.strip() for name in tasks.split(","))
+    for index, name in enumerate(names):
+        check_id(name, "--tasks", f"[{index}]")
+        if name in names[:index]:
+            raise BundleError(mismatch("--tasks", f"[{index}]", "a name of its own", f"{name} again"))
+    return names

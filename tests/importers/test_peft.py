@@ -172,10 +172,10 @@ def _wrong_rank(base: Path, adapter: Path) -> None:
     edit_json(adapter / "adapter_config.json", lambda config: config.update(r=5))
 
 
-def _gptq(base: Path, adapter: Path) -> None:
+def _hqq(base: Path, adapter: Path) -> None:
     edit_json(
         base / "config.json",
-        lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4}),
+        lambda config: config.update(quantization_config={"quant_method": "hqq", "bits": 4}),
     )
 
 
@@ -198,9 +198,9 @@ def _no_weights(base: Path, adapter: Path) -> None:
         ),
         (_wrong_rank, BundleError, ("lora_A.weight: expected [5, 64], found [4, 64]",)),
         (
-            _gptq,
+            _hqq,
             UnsupportedError,
-            ("quant_method: expected compressed-tensors, found gptq", "pack-quantized"),
+            ("quant_method: expected one of awq, bitsandbytes, compressed-tensors", "found hqq", "uncompressed"),
         ),
         (
             lambda base, adapter: (base / "config.json").unlink(),

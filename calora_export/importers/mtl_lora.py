@@ -1,0 +1,84 @@
+"""MTL-LoRA (arXiv 2410.09437): one A, a Λ per task, several B that every task mixes; exact as one LoRA per task.
+
+    ΔW_t = s · Σ_b softmax(w_t / τ)_b · B_b · Λ_t · A        s = alpha / r, times sigmoid(lora_scaler) if there is one
+
+So A' = Λ_t A and B' = Σ_b softmax(w_t / τ)_b B_b. The state dict of the authors' code has, per adapted layer,
+lora_A [1, r, in], lora_lambdas [tasks, r, r] or [tasks, r], lora_B [n, out, r] and lora_B_w [tasks, n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from calora_export.importers import Imported, _checkpoint, _lowrank
+from calora_export.importers._checkpoint import Checkpoint as StateDict
+from calora_export.importers._draft import draft
+from calora_export.importers._lowrank import LowRank, Pair
+from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out, Tasks, task_names
+
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="B_scale as trained: what divides lora_B_w.", show_default=False)
+]
+
+MARKER = ".lora_"
+_PARTS = {"A", "lambdas", "B", "B_w"}
+
+
+def run(
+    base: Base,
+    checkpoint: Checkpoint,
+    out: Out,
+    alpha: Alpha,
+    temperature: Temperature,
+    tasks: Tasks,
+    name: Name = None,
+) -> Imported:
+    """An MTL-LoRA checkpoint: one adapter per task, its id the task's name, its class_index the task's index.
+
+    BundleError in one line.
+    """
+    names = task_names(tasks)
+    with draft(base, out, name, "mtl-lora") as made:
+        state = _checkpoint.read(checkpoint, "module.")
+        found = state.sites(MARKER)
+        layers = {site: _layer(state, site, parts, made.linears, len(names)) for site, parts in found.items()}
+        for index, task in enumerate(names):
+            lora = {site: layer.task(index, alpha, temperature) for site, layer in layers.items()}
+            made.add(task, _lowrank.write(LowRank(lora), made.adapter_dir(task), made.linears))
+    return Imported(out, names)
+
+
+class _Layer:
+    """One layer's tensors; `lambdas` [tasks, r, r]."""
+
+    def __init__(self, a: np.ndarray, lambdas: np.ndarray, b: np.ndarray, weights: np.ndarray, factor: float) -> None:
+        self.a, self.lambdas, self.b, self.weights, self.factor = a, lambdas, b, weights, factor
+
+    def task(self, index: int, alpha: float, temperature: float) -> Pair:
+        scores = self.weights[index] / temperature
+        mixture = np.exp(scores - scores.max())
+        mixture /= mixture.sum()
+        up = np.tensordot(mixture.astype(np.float32), self.b, axes=1)
+        return Pair(self.lambdas[index] @ self.a, up, alpha / self.a.shape[0] * self.factor)
+
+
+def _layer(state: StateDict, site: str, parts: set[str], linears: Mapping[str, tuple[int, int]], tasks: int) -> _Layer:
+    key = f"{site}{MARKER}"
+    rows, columns = state.site_shape(site, linears, f"{key}A")
+    state.require(site, MARKER, parts, _PARTS | (parts & {"scaler"}))
+    r = (*state.shape(f"{key}A"), 0, 0)[1]
+    diagonal = len(state.shape(f"{key}lambdas")) == 2
+    lambdas = state.take(f"{key}lambdas", (tasks, r) if diagonal else (tasks, r, r))
+    count = (*state.shape(f"{key}B"), 0)[0]
+    factor = 1 / (1 + np.exp(-float(state.take(f"{key}scaler", ())))) if "scaler" in parts else 1.0
+    return _Layer(
+        state.take(f"{key}A", (1, r, columns))[0],
+        lambdas[:, :, None] * np.eye(r, dtype=np.float32) if diagonal else lambdas,
+        state.take(f"{key}B", (count, rows, r)),
+        state.take(f"{key}B_w", (tasks, count)),
+        float(factor),
+    )

@@ -1,0 +1,209 @@
+"""The published methods in plain torch: what they train, how they save it, what they add to a layer's output.
+
+Written from the papers' formulas and the key names of the public code; nothing here knows the importers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Sites = dict[str, tuple[int, int]]  # site → (out, in)
+Delta = Callable[[str, Tensor], Tensor | None]  # what a method adds at a site, None where it is not
+
+
+def normal(*shape: int) -> Tensor:
+    """Random numbers that make a delta of some tenths of a layer's output, as training does."""
+    return torch.randn(*shape) * 0.15
+
+
+def some(sites: Sites, *endings: str) -> Sites:
+    return {site: shape for site, shape in sites.items() if site.endswith(endings)}
+
+
+def save_peft(directory: Path, pairs: dict[str, tuple[Tensor, Tensor]], r: int, alpha: float) -> Path:
+    """The two files that PEFT writes, by hand."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    tensors = {}
+    for site, (a, b) in pairs.items():
+        tensors[f"base_model.model.{site}.lora_A.weight"] = a.clone()
+        tensors[f"base_model.model.{site}.lora_B.weight"] = b.clone()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def lora(pairs: dict[str, tuple[Tensor, Tensor]], scale: float) -> Delta:
+    return lambda site, x: scale * (x @ pairs[site][0].T @ pairs[site][1].T) if site in pairs else None
+
+
+def total(*deltas: Delta) -> Delta:
+    def add(site: str, x: Tensor) -> Tensor | None:
+        parts = [part for delta in deltas if (part := delta(site, x)) is not None]
+        return torch.stack(parts).sum(0) if parts else None
+
+    return add
+
+
+def draw_pairs(sites: Sites, r: int) -> dict[str, tuple[Tensor, Tensor]]:
+    return {site: (normal(r, columns), normal(rows, r)) for site, (rows, columns) in sites.items()}
+
+
+def ca_lora(sites: Sites, file: Path, r: int, alpha: float, act: str) -> Delta:
+    """LoRA on the attention, recovery on all: y += s · B(A x) + s · a2(act(a1 x))."""
+    attention = some(sites, "q_proj", "k_proj", "v_proj", "o_proj")
+    inherited, recovered = draw_pairs(attention, r), draw_pairs(sites, r)
+    state = {}
+    for site, (a, b) in inherited.items():
+        state |= {f"{site}.lora.lora_A": a, f"{site}.lora.lora_B": b}
+    for site, (a1, a2) in recovered.items():
+        state |= {f"{site}.lora.lora_a1": a1, f"{site}.lora.lora_a2": a2}
+    torch.save(state, file)
+
+    def recovery(site: str, x: Tensor) -> Tensor | None:
+        a1, a2 = recovered[site]
+        h = x @ a1.T
+        return alpha / r * ((F.gelu(h) if act == "gelu" else h) @ a2.T)
+
+    return total(lora(inherited, alpha / r), recovery)
+
+
+def ca_lora_peft(sites: Sites, directory: Path) -> Delta:
+    """The two directories of the Llama-2 runs; ranks and scales of their own."""
+    inherited, recovered = draw_pairs(some(sites, "q_proj", "v_proj"), 4), draw_pairs(sites, 3)
+    save_peft(directory / "inherit", inherited, 4, 6)
+    save_peft(directory / "recover", recovered, 3, 10)
+    return total(lora(inherited, 6 / 4), lora(recovered, 10 / 3))
+
+
+def mtl_lora(
+    sites: Sites, file: Path, tasks: int, alpha: float, temperature: float, *, diagonal: bool, scaler: bool
+) -> list[Delta]:
+    """h = W x + s · B_t Λ_t A x with B_t = Σ_b softmax(w_t / τ)_b B_b; a delta per task."""
+    r, count = 4, 3
+    own = some(sites, "q_proj", "v_proj", "down_proj")
+    state: dict[str, Tensor] = {}
+    for site, (rows, columns) in own.items():
+        state[f"module.{site}.lora_A"] = normal(1, r, columns)
+        state[f"module.{site}.lora_lambdas"] = normal(tasks, r) if diagonal else normal(tasks, r, r)
+        state[f"module.{site}.lora_B"] = normal(count, rows, r) * 3
+        state[f"module.{site}.lora_B_w"] = torch.randn(tasks, count)
+        if scaler:
+            state[f"module.{site}.lora_scaler"] = torch.randn(())
+    torch.save(state, file)
+
+    def of(task: int) -> Delta:
+        def delta(site: str, x: Tensor) -> Tensor | None:
+            if site not in own:
+                return None
+            key = f"module.{site}.lora_"
+            core = state[f"{key}lambdas"][task]
+            h = x @ state[f"{key}A"][0].T @ (core.diag() if diagonal else core).T
+            mixture = F.softmax(state[f"{key}B_w"][task] / temperature, dim=-1)
+            outputs = torch.stack([h @ b.T for b in state[f"{key}B"]])
+            factor = torch.sigmoid(state[f"{key}scaler"]) if scaler else 1.0
+            return alpha / r * factor * torch.einsum("b,b...->...", mixture, outputs)
+
+        return delta
+
+    return [of(task) for task in range(tasks)]
+
+
+def multilora(sites: Sites, file: Path, alpha: float) -> Delta:
+    """y += (alpha / r) Σ_i γ_i ⊙ B_i A_i x."""
+    r, n = 3, 4
+    own = some(sites, "q_proj", "o_proj", "up_proj")
+    state: dict[str, Tensor] = {}
+    for site, (rows, columns) in own.items():
+        state[f"{site}.lora_A"] = normal(n, r, columns)
+        state[f"{site}.lora_B"] = normal(n, rows, r)
+        state[f"{site}.lora_scaling"] = normal(n, rows)
+    torch.save(state, file)
+
+    def delta(site: str, x: Tensor) -> Tensor | None:
+        if site not in own:
+            return None
+        parts = zip(*(state[f"{site}.lora_{part}"] for part in ("A", "B", "scaling")), strict=True)
+        return alpha / r * torch.stack([x @ a.T @ b.T * gamma for a, b, gamma in parts]).sum(0)
+
+    return delta
+
+
+def sharelora(sites: Sites, directory: Path, shared: str) -> Delta:
+    """One A per kind of layer for all layers, or one B, or both; PEFT saves a copy per layer."""
+    first: dict[tuple[str, str], Tensor] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for site, (a, b) in draw_pairs(some(sites, "q_proj", "v_proj"), 4).items():
+        kind = site.rsplit(".", 1)[-1]
+        a = first.setdefault(("A", kind), a) if "A" in shared else a
+        b = first.setdefault(("B", kind), b) if "B" in shared else b
+        pairs[site] = (a, b)
+    save_peft(directory, pairs, 4, 8)
+    return lora(pairs, 8 / 4)
+
+
+def chain(sites: Sites, directory: Path) -> tuple[list[Path], Delta]:
+    """Links of several ranks and scales, on layers of their own: y += Σ_i s_i B_i A_i x."""
+    settings = [(1, 3.0, ("q_proj",)), (4, 6.0, ("q_proj", "v_proj")), (2, 8.0, ("v_proj", "down_proj"))]
+    links, deltas = [], []
+    for index, (r, alpha, endings) in enumerate(settings):
+        pairs = draw_pairs(some(sites, *endings), r)
+        links.append(save_peft(directory / f"link{index}", pairs, r, alpha))
+        deltas.append(lora(pairs, alpha / r))
+    return links, total(*deltas)
+
+
+def nola(sites: Sites, directory: Path, kind: torch.dtype) -> Delta:
+    """W = Σ_b c_b U_b / √n + W0, U uniform in [-1, 1) from the seed, for A and for B."""
+    r, n, alpha = 4, 16, 8.0
+    directory.mkdir()
+    state: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    for site, (rows, columns) in some(sites, "q_proj", "up_proj").items():
+        for matrix, shape in (("A", (r, columns)), ("B", (rows, r))):
+            key = f"base_model.model.{site}.lora_{matrix}"
+            seed = torch.randint(int(1e10), (1,))
+            state[f"{key}.seed"], state[f"{key}.weight"] = seed, normal(*shape).to(kind)
+            state[f"{key}.coefficients"] = torch.randn(n).to(kind)
+            with torch.random.fork_rng():
+                torch.manual_seed(int(seed))
+                basis = torch.nn.init.uniform_(torch.zeros(n, *shape, dtype=kind), -1.0, 1.0) * (1 / math.sqrt(n))
+            sum_ = torch.einsum("b,boi->oi", state[f"{key}.coefficients"].float(), basis.float())
+            made[f"{site}.{matrix}"] = sum_ + state[f"{key}.weight"].float()
+    torch.save(state, directory / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_nola": True, "nola_num_basis": n}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return lora({site[:-2]: (a, made[f"{site[:-2]}.B"]) for site, a in made.items() if site.endswith(".A")}, alpha / r)
+
+
+def lots(sites: Sites, file: Path, *, diagonal: bool, scale: float) -> dict[str, Delta]:
+    """y += scale · U Σ_i Vᵀ x; one delta per adapter."""
+    c = 6
+    own = some(sites, "q_proj", "v_proj")
+    state: dict[str, Tensor] = {}
+    for site, (rows, columns) in own.items():
+        state |= {f"{site}.U": normal(rows, c), f"{site}.V": normal(columns, c)}
+        for adapter in ("first", "second"):
+            state[f"{site}.sigma.{adapter}"] = normal(c) * 3 if diagonal else normal(c, c)
+    torch.save(state, file)
+
+    def of(adapter: str) -> Delta:
+        def delta(site: str, x: Tensor) -> Tensor | None:
+            if site not in own:
+                return None
+            sigma = state[f"{site}.sigma.{adapter}"]
+            u, v = state[f"{site}.U"], state[f"{site}.V"]
+            return scale * (u @ ((sigma.diag() if diagonal else sigma) @ (v.T @ x.mT))).mT
+
+        return delta
+
+    return {adapter: of(adapter) for adapter in ("first", "second")}

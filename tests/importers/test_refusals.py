@@ -1,0 +1,216 @@
+"""What cannot be imported: exit code 1, one line that says why and what would work, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from calora_export import importers
+from calora_export.cli import app
+from tests.bundles import HIDDEN, LAYERS, LINEARS, MLP, tiny_base
+from tests.importers import methods
+
+SITES = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in LINEARS.items()}
+Q = "model.layers.0.self_attn.q_proj"
+UP = "model.layers.0.mlp.up_proj"
+State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("refusals") / "base"
+    tiny_base(directory, np.random.default_rng(0), compressed=False)
+    return directory
+
+
+def refused(out: Path, *arguments: object) -> str:
+    done = CliRunner().invoke(app, ["import", *map(str, arguments), "-o", str(out)])
+    assert done.exit_code == 1, done.output
+    (line,) = done.stderr.splitlines()
+    assert not out.exists()
+    return line.removeprefix("error: ")
+
+
+def save(path: Path, state: object) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def peft_dir(directory: Path, **config: object) -> Path:
+    methods.save_peft(directory, methods.draw_pairs({Q: SITES[Q]}, 2), 2, 4)
+    written = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(written | config))
+    return directory
+
+
+def test_lora_flow(base: Path, tmp_path: Path) -> None:
+    gate = save(tmp_path / "gate.pt", {"encoder.layers.0.lora_fusion_gate.weight": torch.zeros(2, HIDDEN)})
+    loras = [peft_dir(tmp_path / name) for name in ("zh", "math")]
+    line = refused(tmp_path / "out", "lora-flow", base, gate, *loras)
+    assert "a gate per token and layer" in line
+    assert "import peft takes the LoRAs, and run --adapter zh=0.5,math=0.5" in line
+    other = save(tmp_path / "other.pt", {"weight": torch.zeros(2)})
+    line = refused(tmp_path / "out", "lora-flow", base, other, *loras)
+    assert "expected encoder.layers.<i>.lora_fusion_gate.weight, found none" in line
+
+
+def test_llava_mole(base: Path, tmp_path: Path) -> None:
+    state = {"llm.layers.0.mlp.moe_gate.0.lora_A": torch.zeros(4, HIDDEN)}
+    line = refused(tmp_path / "out", "llava-mole", base, save(tmp_path / "mole.pt", state))
+    assert "a router per token" in line and "one LoRA per task" in line
+    line = refused(tmp_path / "out", "llava-mole", base, save(tmp_path / "mole.pt", {"x": torch.zeros(1)}))
+    assert "found none" in line
+
+
+def test_ramole(base: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", "ramole", base, tmp_path)
+    assert "attention per layer" in line and "import lora-retriever takes the same LoRAs" in line
+
+
+@pytest.mark.parametrize(("rank", "why"), [(1, "a scale per input and output"), (4, "4 passes through it")])
+def test_flora(base: Path, tmp_path: Path, rank: int, why: str) -> None:
+    line = refused(tmp_path / "out", "flora", base, tmp_path, "--rank", rank)
+    assert why in line and "train LoRA" in line
+
+
+def test_llm_pruner(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    line = refused(tmp_path / "out", "llm-pruner", tmp_path / "pytorch_model.bin")
+    assert "widths per layer" in line and "save_pretrained" in line
+
+
+@pytest.mark.parametrize("command", ["peft", "chain-of-lora", "sharelora"])
+def test_a_merged_model_has_no_adapter(base: Path, tmp_path: Path, command: str) -> None:
+    more = ["--id", "x"] if command == "chain-of-lora" else []
+    line = refused(tmp_path / "out", command, base, base, *more)
+    assert "a whole model, its LoRAs merged into it" in line and "before merge_and_unload" in line
+
+
+@pytest.mark.parametrize("command", ["peft", "chain-of-lora", "sharelora"])
+def test_dora(base: Path, tmp_path: Path, command: str) -> None:
+    more = ["--id", "x"] if command == "chain-of-lora" else []
+    line = refused(tmp_path / "out", command, base, peft_dir(tmp_path / "a", use_dora=True), *more)
+    assert "use_dora" in line and "train plain LoRA" in line
+
+
+def test_nola_of_a_gpu(base: Path, tmp_path: Path) -> None:
+    methods.nola(SITES, tmp_path / "a", torch.float32)
+    line = refused(tmp_path / "out", "nola", base, tmp_path / "a", "--trained-on", "cuda")
+    assert "expected cpu" in line and "import peft" in line
+
+
+def test_sharelora_that_shares_nothing(base: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", "sharelora", base, peft_dir(tmp_path / "a"))
+    assert "a matrix that several layers share, found none (import peft takes plain LoRA)" in line
+
+
+def test_ca_lora_needs_alpha_for_a_file(base: Path, tmp_path: Path) -> None:
+    methods.ca_lora(SITES, tmp_path / "a.pt", 2, 4, "gelu")
+    assert "--alpha: expected lora_alpha" in refused(tmp_path / "out", "ca-lora", base, tmp_path / "a.pt")
+
+
+def test_mtl_lora_with_other_tasks(base: Path, tmp_path: Path) -> None:
+    methods.mtl_lora(SITES, tmp_path / "a.pt", 3, 8, 1.0, diagonal=True, scaler=False)
+    numbers = ["--alpha", 8, "--temperature", 1]
+    line = refused(tmp_path / "out", "mtl-lora", base, tmp_path / "a.pt", *numbers, "--tasks", "one,two")
+    assert "lora_lambdas: expected [2, 4], found [3, 4]" in line
+    line = refused(tmp_path / "out", "mtl-lora", base, tmp_path / "a.pt", *numbers, "--tasks", "a,b,a")
+    assert "--tasks: [2]: expected a name of its own, found a again" in line
+
+
+# ── a damaged checkpoint ────────────────────────────────────────────────────────────────────────────
+
+
+def _move(key: str, to: str) -> Callable[[State], object]:
+    return lambda state: state.update({to: state.pop(key)})
+
+
+DAMAGES: dict[str, tuple[Callable[[State], object], str]] = {
+    "shape": (
+        lambda state: state.update({f"{Q}.lora.lora_A": torch.zeros(2, HIDDEN + 1)}),
+        f"lora_A: expected [2, {HIDDEN}], found [2, {HIDDEN + 1}]",
+    ),
+    "rank": (
+        lambda state: state.update({f"{UP}.lora.lora_a2": torch.zeros(MLP, 3)}),
+        f"lora_a2: expected [{MLP}, 2], found [{MLP}, 3]",
+    ),
+    "nan": (lambda state: state[f"{Q}.lora.lora_A"].fill_(torch.nan), "expected finite values, found NaN or Inf"),
+    "integers": (
+        lambda state: state.update({f"{Q}.lora.lora_A": torch.zeros(2, HIDDEN, dtype=torch.int8)}),
+        "lora_A: expected floats, found int8",
+    ),
+    "site": (
+        lambda state: [_move(key, key.replace("mlp.up_proj", "mlp.up"))(state) for key in tuple(state) if UP in key],
+        "expected a linear layer of the base, such as",
+    ),
+    "missing": (
+        lambda state: state.pop(f"{UP}.lora.lora_a2"),
+        "up_proj.lora.lora_a2: expected a tensor, found nothing",
+    ),
+    "unknown": (_move(f"{UP}.lora.lora_a2", f"{UP}.lora.lora_a3"), "lora_a3: expected only"),
+    "other": (
+        lambda state: state.update({"model.norm.weight": torch.ones(HIDDEN)}),
+        "model.norm.weight: expected <site>.lora.lora_…, found another key (keep only the adapter's",
+    ),
+    "empty": (lambda state: state.clear(), "tensors: expected <site>.lora.lora_…, found none"),
+    "number": (lambda state: state.update({"step": 3}), "step: expected a tensor, found int"),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint(base: Path, tmp_path: Path, damage: str) -> None:
+    methods.ca_lora(SITES, tmp_path / "a.pt", 2, 4, "gelu")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    edit, expected = DAMAGES[damage]
+    edit(state)
+    line = refused(tmp_path / "out", "ca-lora", base, save(tmp_path / "a.pt", state), "--alpha", 4)
+    assert expected in line
+
+
+def test_a_pickle_of_more_than_tensors_is_not_loaded(base: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    evil = type("E", (), {"__reduce__": lambda self: (Path.touch, (mark,))})()
+    torch.save({"x": evil}, tmp_path / "a.pt")
+    line = refused(tmp_path / "out", "ca-lora", base, tmp_path / "a.pt", "--alpha", 4)
+    assert "expected a state dict of tensors, found a pickle of more than tensors" in line
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1])])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_no_checkpoint_at_all(base: Path, tmp_path: Path, content: bytes, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(content)
+    assert "expected" in refused(tmp_path / "out", "multilora", base, file, "--alpha", 4)
+    assert "found nothing" in refused(tmp_path / "out", "multilora", base, tmp_path / "no.pt", "--alpha", 4)
+
+
+# ── the command line ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_importer_is_a_command_with_help() -> None:
+    listed = CliRunner().invoke(app, ["import", "--help"]).output
+    for name in importers.names():
+        assert f" {name} " in listed
+        done = CliRunner().invoke(app, ["import", name, "--help"])
+        assert done.exit_code == 0 and "--out" in done.output and "--json" in done.output
+
+
+def test_no_such_importer() -> None:
+    assert CliRunner().invoke(app, ["import", "no-such-format"]).exit_code == 2
+
+
+def test_an_importers_own_options_reach_it(base: Path, tmp_path: Path) -> None:
+    methods.mtl_lora(SITES, tmp_path / "a.pt", 2, 8, 0.1, diagonal=False, scaler=False)
+    out = tmp_path / "out"
+    options = ["--alpha", "8", "--temperature", "0.1", "--tasks", "x,y", "--name", "mine", "-o", str(out), "--json"]
+    done = CliRunner().invoke(app, ["import", "mtl-lora", str(base), str(tmp_path / "a.pt"), *options])
+    assert json.loads(done.stdout) == {"bundle": str(out), "adapters": ["x", "y"]}
+    assert json.loads((out / "bundle.json").read_text())["name"] == "mine"
