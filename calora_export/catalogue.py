@@ -31,9 +31,22 @@ def _recipes() -> list[Row]:
 
 def _devices() -> list[Row]:
     return [
-        {"device": name, "kind": value.kind, "memory": f"{value.memory_mb} MB" if value.memory_mb else "–"}
+        {
+            "device": name,
+            "kind": value.kind,
+            "soc": value.soc or "–",
+            "os": f"{value.os} {value.os_floor}" if value.os else "–",
+            "memory": _memory(value),
+            "targets": ", ".join(value.targets),
+        }
         for name, value in profiles.catalogue().items()
     ]
+
+
+def _memory(profile: profiles.Profile) -> str:
+    """What an app may use of what is built in, as far as it is known."""
+    known = " of ".join(str(size) for size in (profile.memory_mb, profile.ram_mb) if size)
+    return f"{known} MB" if known else "–"
 
 
 def _adapters() -> list[Row]:

@@ -14,7 +14,7 @@ coremltools guide, Quantization Performance), `expanded` takes the place of `wei
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -86,10 +86,9 @@ def read(package: Path) -> Fitness:
     )
 
 
-def of_package(directory: Path, files: Iterable[str]) -> dict[str, Fitness]:
-    """Every .mlpackage of a package by its name."""
-    names = sorted({name.split("/")[0] for name in files})
-    return {name: read(directory / name) for name in names if name.endswith(".mlpackage")}
+def of_package(directory: Path) -> dict[str, Fitness]:
+    """Every .mlpackage in a directory by its name: the model, the router."""
+    return {path.name: read(path) for path in sorted(directory.glob("*.mlpackage"))}
 
 
 def problems(parts: Mapping[str, Fitness], profile: Profile, device: str) -> list[str]:
@@ -98,20 +97,26 @@ def problems(parts: Mapping[str, Fitness], profile: Profile, device: str) -> lis
     if "coreml" not in profile.targets:
         found.append(mismatch(device, "targets", "coreml among them", ", ".join(profile.targets)))
     system = "iOS" if profile.os == "iPadOS" else profile.os
-    needed = max((part.os.get(system or "", "0") for part in parts.values()), key=_version, default="0")
-    if profile.os_floor is not None and _version(needed) > _version(profile.os_floor):
+    needed = max((part.os.get(system or "", "0") for part in parts.values()), key=profiles.version, default="0")
+    if profile.os_floor is not None and profiles.version(needed) > profiles.version(profile.os_floor):
         found.append(mismatch(device, "os_floor", f"{profile.os} {needed} or newer", profile.os_floor))
-    memory = sum(part.memory for part in parts.values())
-    if profile.room is not None and memory > profile.room:
-        field = "memory_mb" if profile.memory_mb else "ram_mb"
-        limit = f"at most {profile.room / 2**20:.0f} MB"
-        found.append(mismatch(device, field, limit, f"{memory / 2**20:.1f} MB", _shares(parts.values())))
+    memory: Counter[str] = Counter()
+    for part in parts.values():
+        memory.update(weights=part.weights, states=part.states, inputs=part.inputs, activations=part.activations)
+    if profile.room is not None and memory.total() > profile.room:
+        found.append(profiles.too_much(device, profile, memory))
     return found
 
 
-def check(device: str, directory: Path, files: Iterable[str]) -> None:
-    """Refuse a saved package that a device can not load or hold; one of another target says nothing here."""
-    parts = of_package(directory, files)
+def by_device(parts: Mapping[str, Fitness]) -> dict[str, list[str]]:
+    """Every profile of a device with Core ML, by name, and what speaks against it."""
+    known = {name: profile for name, profile in profiles.catalogue().items() if "coreml" in profile.targets}
+    return {name: problems(parts, profile, name) for name, profile in known.items()}
+
+
+def check(device: str, directory: Path) -> None:
+    """Refuse a saved package that a device cannot load or hold; a package of another target has nothing to say here."""
+    parts = of_package(directory)
     if parts and (found := problems(parts, profiles.load(device), device)):
         raise UnsupportedError("; ".join(found))
 
@@ -183,15 +188,3 @@ def _expansion(functions: Sequence[Function]) -> int:
 
 def _stored(entry: Operation) -> bool:
     return entry.type.startswith("constexpr_")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))
-
-
-def _shares(parts: Iterable[Fitness]) -> str:
-    """What the memory is for, largest first."""
-    sizes: Counter[str] = Counter()
-    for part in parts:
-        sizes.update(weights=part.weights, states=part.states, inputs=part.inputs, activations=part.activations)
-    return ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.most_common())

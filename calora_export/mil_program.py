@@ -25,8 +25,9 @@ VIEWS = ("reshape", "expand_dims", "squeeze")
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor. dims: None where a call decides; bound: the largest that each can be; ints: a small constant's numbers;
-    made_by: the operator that gives it, or `input` or `state`; blob: where a constant is in the weight file.
+    """A tensor. dims: None where a call decides; bound: the largest that each can be; ints: the numbers of a short
+    vector, as far as they are constant; made_by: the operator that gives it, or `input` or `state`; blob: where a
+    constant is in the weight file.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Value:
     dims: Dims
     bound: Shape
     made_by: str
-    ints: tuple[int, ...] = ()
+    ints: Dims = ()
     blob: int | None = None
 
     @property
@@ -151,7 +152,8 @@ class _Reader:
 
     def _output(self, kind: str, output: Any, inputs: Mapping[str, tuple[Value, ...]]) -> Value:
         dtype, dims = _type(output.type)
-        return Value(output.name, dtype, dims, _bound(kind, dims, inputs, self.longest), kind)
+        ints = _joined(inputs) if kind == "concat" and len(dims) == 1 else ()
+        return Value(output.name, dtype, dims, _bound(kind, dims, inputs, self.longest), kind, ints)
 
 
 def _shapes(feature: Any) -> tuple[Flexibility, Shape]:
@@ -206,17 +208,39 @@ def _shape(inputs: Given, name: str) -> Shape:
 
 
 def _aligned(dims: Dims, inputs: Given) -> Dims:
-    """An unknown length is the longest unknown one in its place, counted from the right as in broadcasting; a slice's
-    is at most what it is cut from.
+    """By place, counted from the right as in broadcasting. Unknown lengths that meet in a place are one length, so the
+    shorter bound holds.
     """
     values = [value for given in inputs.values() for value in given if not value.constant]
 
     def most(place: int) -> int | None:
         unknown = [value.bound[-place] for value in values if place <= len(value.dims) and value.dims[-place] is None]
-        whole = [value.bound[-place] for value in values if len(value.dims) == len(dims)]
-        return max(unknown or whole, default=None)
+        return min(unknown, default=None)
 
     return tuple(most(place) for place in range(len(dims), 0, -1))
+
+
+def _slice(dims: Dims, inputs: Given) -> Dims | None:
+    """What is cut out where that is constant, else at most all of it."""
+    x = _shape(inputs, "x")
+    if len(x) != len(dims):
+        return None
+    begin, end = _numbers(inputs, "begin", len(x)), _numbers(inputs, "end", len(x))
+    open_begin, open_end = _numbers(inputs, "begin_mask", len(x)), _numbers(inputs, "end_mask", len(x))
+    made = []
+    for axis, size in enumerate(x):
+        first, last = 0 if open_begin[axis] else begin[axis], size if open_end[axis] else end[axis]
+        made.append(last - first if first is not None and last is not None and 0 <= first < last else size)
+    return tuple(made)
+
+
+def _numbers(inputs: Given, name: str, count: int) -> Dims:
+    given = inputs.get(name, ())
+    return given[0].ints if given and len(given[0].ints) == count else (None,) * count
+
+
+def _joined(inputs: Given) -> Dims:
+    return tuple(number for part in inputs["values"] for number in part.ints or (None,) * prod(part.bound))
 
 
 def _view(dims: Dims, inputs: Given) -> Dims:
@@ -228,7 +252,7 @@ def _view(dims: Dims, inputs: Given) -> Dims:
 
 
 def _transpose(dims: Dims, inputs: Given) -> Dims:
-    return tuple(_shape(inputs, "x")[axis] for axis in inputs["perm"][0].ints)
+    return tuple(_shape(inputs, "x")[axis] for axis in inputs["perm"][0].ints if axis is not None)
 
 
 def _matmul(dims: Dims, inputs: Given) -> Dims | None:
@@ -254,23 +278,27 @@ def _attention(dims: Dims, inputs: Given) -> Dims:
 
 
 def _gather(dims: Dims, inputs: Given) -> Dims | None:
-    x, axis = _shape(inputs, "x"), inputs["axis"][0].ints
-    if not axis:
+    x = _shape(inputs, "x")
+    at = _axis(inputs, len(x))
+    if at is None:
         return None
-    at = axis[0] % len(x)
     return (*x[:at], *_shape(inputs, "indices"), *x[at + 1 :])
 
 
 def _concat(dims: Dims, inputs: Given) -> Dims | None:
-    axis, parts = inputs["axis"][0].ints, [value.bound for value in inputs["values"]]
-    if not axis:
-        return None
-    columns = zip(*parts, strict=True)
-    return tuple(sum(sizes) if i == axis[0] % len(dims) else max(sizes) for i, sizes in enumerate(columns))
+    columns = zip(*(value.bound for value in inputs["values"]), strict=True)
+    at = _axis(inputs, len(dims))
+    return None if at is None else tuple(sum(sizes) if i == at else max(sizes) for i, sizes in enumerate(columns))
+
+
+def _axis(inputs: Given, rank: int) -> int | None:
+    [axis] = _numbers(inputs, "axis", 1)
+    return None if axis is None else axis % rank
 
 
 _RULES: Mapping[str, Callable[[Dims, Given], Dims | None]] = {
     **dict.fromkeys(VIEWS, _view),
+    "slice_by_index": _slice,
     "transpose": _transpose,
     "matmul": _matmul,
     "linear": _linear,

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from calora_export import bundle as bundles
 from calora_export import recipe as recipes
-from calora_export import resources
+from calora_export import resources, strict_json
 from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
 ComputeUnits = Literal["all", "cpuAndGPU", "cpuAndNeuralEngine", "cpuOnly"]
@@ -68,18 +68,77 @@ def check(device: str, bundle_path: Path, recipe_name: str) -> None:
         raise UnsupportedError(
             mismatch(recipe_name, "target", f"one that {device} runs ({', '.join(profile.targets)})", recipe.target)
         )
-    if profile.memory_mb is None:
+    needed = _oldest(recipe.target, profile)
+    if needed is not None and profile.os_floor is not None and version(needed) > version(profile.os_floor):
+        raise UnsupportedError(mismatch(device, "os_floor", f"{profile.os} {needed} or newer", profile.os_floor))
+    if profile.room is None:
         return
-    bundle = bundles.load(bundle_path)
-    needed = sum(_bytes(recipe, name, shape) for name, shape in bundle.linears.items()) / 1e6
-    if needed > profile.memory_mb:
-        raise UnsupportedError(
-            mismatch(device, "memory_mb", f"at most {profile.memory_mb} MB of weights", f"{needed:.0f} MB")
-        )
+    memory = _memory(bundles.load(bundle_path), recipe)
+    if sum(memory.values()) > profile.room:
+        raise UnsupportedError(too_much(device, profile, memory))
+
+
+def too_much(device: str, profile: Profile, memory: Mapping[str, float]) -> str:
+    """The line that says that what needs `memory`, in bytes by purpose, does not fit."""
+    field, room = "memory_mb" if profile.memory_mb else "ram_mb", (profile.room or 0) / 2**20
+    shares = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in memory.items())
+    return mismatch(device, field, f"at most {room:.0f} MB", f"{sum(memory.values()) / 2**20:.1f} MB", shares)
+
+
+def version(text: str) -> tuple[int, ...]:
+    """Comparable: 9 is before 17.6."""
+    return tuple(int(part) for part in text.split("."))
+
+
+def _oldest(target: str, profile: Profile) -> str | None:
+    """The oldest version of the profile's OS on which the target runs; None when its target.toml says nothing of it."""
+    folder = resources.targets().get(target)
+    said = () if folder is None else msgspec.toml.decode((folder / "target.toml").read_bytes(), type=_Target).os
+    entries = (entry.split() for entry in said)
+    return next((words[1] for words in entries if words[0] == profile.os and words[1:]), None)
+
+
+class _Target(msgspec.Struct, frozen=True):
+    os: tuple[str, ...]
+
+
+class _CacheConfig(msgspec.Struct, frozen=True):
+    """What of a base's config.json a KV cache is sized by; absent where the family has another layout."""
+
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int | None = None
+    hidden_size: int = 0
+    head_dim: int | None = None
+    max_position_embeddings: int | None = None
+
+
+def _memory(bundle: bundles.Bundle, recipe: recipes.Recipe) -> dict[str, float]:
+    """Bytes of the weights as the recipe holds them, of a full KV cache, and of the largest adapter."""
+    config = strict_json.read(bundle.path / "base" / "config.json", _CacheConfig, "base/config.json")
+    heads = config.num_key_value_heads or config.num_attention_heads
+    head_dim = config.head_dim or config.hidden_size // max(config.num_attention_heads, 1)
+    numbers = 2 * config.num_hidden_layers * heads * head_dim  # keys and values of one position
+    positions = min(recipe.context, config.max_position_embeddings or recipe.context)
+    return {
+        "weights": sum(_bytes(recipe, name, shape) for name, shape in bundle.linears.items()),
+        "cache": positions * numbers * (2 if recipe.target == "coreml" else 4),
+        "adapter": max((_adapter(bundle, spec, recipe) for spec in bundle.manifest.adapters), default=0),
+    }
+
+
+def _adapter(bundle: bundles.Bundle, spec: bundles.AdapterSpec, recipe: recipes.Recipe) -> int:
+    rows = sum(
+        branch.r * sum(bundle.adaptable[site])
+        for branch in spec.branches
+        for site in bundles.expand_sites(branch.sites, bundle.adaptable)
+    )
+    return rows * {"fp32": 4, "fp16": 2}[recipe.adapters]
 
 
 def _bytes(recipe: recipes.Recipe, module: str, shape: tuple[int, int]) -> float:
-    """Bytes of a weight of shape (out, in), with one fp32 scale per group."""
+    """Bytes of a weight of shape (out, in); one scale per group, in fp32, or in fp16 where Core ML holds it."""
     rule = recipe.rule(module)
-    bits = {"fp32": 32.0, "int8": 8 + 32 / rule.group_size, "int4": 4 + 32 / rule.group_size}[rule.scheme]
+    scale = (16 if recipe.target == "coreml" else 32) / (rule.group_size or shape[1])
+    bits = {"fp32": 32.0, "fp16": 16.0, "int8": 8 + scale, "int4": 4 + scale}[rule.scheme]
     return shape[0] * shape[1] * bits / 8

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import calora_export
-from calora_export import catalogue, formats, profiles, recipe, resources
+from calora_export import catalogue, formats, recipe, resources
 from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
-from calora_export.errors import RecipeError, UnsupportedError
 
 LISTS = ("targets", "recipes", "devices", "adapters", "routers", "formats")
 
@@ -71,63 +70,3 @@ def test_exact_means_the_same_numbers(name: str, bits: int) -> None:
     made = recipe.represent(recipe.load(name), "model.layers.0.mlp.up_proj", stored)
     held = made.weight.dequantize() if isinstance(made.weight, PackedWeight) else made.weight.values
     assert made.exact == bool((held == dense).all())
-
-
-# ── device profiles ─────────────────────────────────────────────────────────────────────────────────
-
-
-def profile(tmp_path: Path, text: str) -> str:
-    file = tmp_path / "phone.toml"
-    file.write_text(text)
-    return str(file)
-
-
-def test_a_profile_is_found_by_name_kind_and_file(tmp_path: Path) -> None:
-    named = profiles.load("host")
-    assert named == profiles.load("host:anything") and "onnx" in named.targets
-    own = profiles.load(profile(tmp_path, 'kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\nmemory_mb = 3'))
-    assert (own.kind, own.memory_mb) == ("adb", 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ('kind = "adb"', "missing required field `description`"),
-        ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\ncolour = 1', "colour"),
-        ('kind = "adb"\ndescription = "d"\ntargets = "onnx"', "targets"),
-        ("kind =", "phone.toml: "),
-    ],
-)
-def test_a_wrong_profile_is_one_line(tmp_path: Path, text: str, part: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        profiles.load(profile(tmp_path, text))
-    assert str(caught.value).startswith("phone.toml: ") and part in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_device_names_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="--device: tamagotchi: expected a file or one of .*host"):
-        profiles.load("tamagotchi")
-
-
-def test_a_device_is_checked_before_the_work(tiny: Path, tmp_path: Path) -> None:
-    profiles.check("host", tiny, "onnx-int4")
-    other = profile(tmp_path, 'kind = "apple"\ndescription = "d"\ntargets = ["coreml"]')
-    with pytest.raises(UnsupportedError, match=r"onnx-int4: target: expected one that .* runs \(coreml\), found onnx"):
-        profiles.check(other, tiny, "onnx-int4")
-
-
-@pytest.mark.parametrize(("recipe_name", "megabytes"), [("onnx-fp32", 0.425984), ("onnx-int4", 0.082944)])
-def test_memory_is_that_of_the_weights_as_the_recipe_holds_them(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, recipe_name: str, megabytes: float
-) -> None:
-    """106 496 weights at 4 bytes; or 73 728 at 4 bits and 32 768 at 8, with 4 bytes of scale per 32."""
-
-    def limited(limit: float) -> None:
-        found = profiles.Profile("adb", "d", ("onnx",), memory_mb=limit)  # type: ignore[arg-type]
-        monkeypatch.setattr(profiles, "load", lambda name: found)
-        profiles.check("phone", tiny, recipe_name)
-
-    limited(megabytes)
-    with pytest.raises(UnsupportedError, match="^phone: memory_mb: expected at most .* MB of weights, found 0 MB$"):
-        limited(megabytes - 1e-6)

@@ -210,11 +210,13 @@ def test_an_older_system_is_a_problem(made: Path) -> None:
 
 def test_all_parts_must_fit_at_once(made: Path) -> None:
     one = fitness.read(made / "decoder.mlpackage")
-    large = Fitness(**{name: getattr(one, name) for name in one.__struct_fields__} | {"memory": 2 * MB, "weights": MB})
+    sizes = {"weights": MB, "states": MB // 2, "inputs": MB // 4, "activations": MB // 4, "memory": 2 * MB}
+    large = Fitness(**{name: getattr(one, name) for name in one.__struct_fields__} | sizes)
     parts = {"model.mlpackage": large, "router.mlpackage": large}
     assert fitness.problems(parts, phone(memory_mb=4), "phone") == []
-    [line] = fitness.problems(parts, phone(memory_mb=3), "phone")
-    assert line.startswith("phone: memory_mb: expected at most 3 MB, found 4.0 MB (weights 2.0, ")
+    shares = "weights 2.0, states 1.0, inputs 0.5, activations 0.5"
+    expected = [f"phone: memory_mb: expected at most 3 MB, found 4.0 MB ({shares})"]
+    assert fitness.problems(parts, phone(memory_mb=3), "phone") == expected
     [line] = fitness.problems(parts, phone(memory_mb=None, ram_mb=3), "phone")
     assert line.startswith("phone: ram_mb: expected at most 3 MB")
 
@@ -228,16 +230,21 @@ def test_a_state_beside_mixed_inputs_is_warned_of(made: Path) -> None:
 def test_a_package_is_checked_as_a_whole(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(made / "chain32.mlpackage", tmp_path / "router.mlpackage")
     shutil.copytree(made / "decoder.mlpackage", tmp_path / "model.mlpackage")
-    files = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()]
-    assert set(fitness.of_package(tmp_path, files)) == {"model.mlpackage", "router.mlpackage"}
-    fitness.check("iphone-15-pro", tmp_path, files)
+    assert set(fitness.of_package(tmp_path)) == {"model.mlpackage", "router.mlpackage"}
+    fitness.check("iphone-15-pro", tmp_path)
     monkeypatch.setattr(profiles, "load", lambda name: phone(os_floor="17.0", targets=("onnx",)))
     with pytest.raises(UnsupportedError) as caught:
-        fitness.check("phone", tmp_path, files)
+        fitness.check("phone", tmp_path)
     assert str(caught.value) == (
         "phone: targets: expected coreml among them, found onnx; phone: os_floor: expected iOS 18 or newer, found 17.0"
     )
-    fitness.check("phone", tmp_path, ["model.onnx"])
+    fitness.check("phone", tmp_path / "nothing")
+
+
+def test_every_apple_profile_is_compared(made: Path) -> None:
+    devices = fitness.by_device({"model.mlpackage": look(made, "decoder")})
+    assert {"iphone-15-pro", "iphone-16", "ipad-air-m2", "ipad-pro-m4", "mac-m1", "mac-m4"} <= set(devices)
+    assert "host" not in devices and not any(devices.values())
 
 
 # ── wrong packages, and time ──────────────────────────────────────────────────────────────────────────────────────────
