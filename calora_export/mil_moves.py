@@ -1,0 +1,457 @@
+"""Operators that choose, place or make values without computing on them: shapes, slices, gathers, ranges, states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from calora_export.mil_kernels import Builder, Given, Kernel, working_type
+
+_RIGHT_ALIGNED_ZEROS = 7  # since iOS 17 a 0 in a reshape counts its dimension from the right
+_MOST_AXES = 32
+_POSITIVE_INDICES = 7  # since iOS 17 a negative index is out of range
+
+
+def _moving(function: Callable[..., Any], *inputs: str) -> Kernel:
+    return Kernel(inputs, function, exact=True, shares=True)
+
+
+def reshape(given: Given) -> Kernel:
+    """A shape with one −1 (whatever is left) and zeros (the input's own dimension)."""
+    from_right = given.generation >= _RIGHT_ALIGNED_ZEROS
+
+    def run(x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
+        wanted = shape.tolist()
+        if 0 in wanted and x.numel():
+            shift = x.dim() - len(wanted) if from_right else 0
+            wanted = [
+                size or (x.shape[axis + shift] if 0 <= axis + shift < x.dim() else 1)
+                for axis, size in enumerate(wanted)
+            ]
+        return x.reshape(wanted)
+
+    return _moving(run, "x", "shape")
+
+
+def reshape_like(given: Given) -> Kernel:
+    """A shape put together from parts of other tensors' shapes."""
+    begins, ends, open_ends = (
+        [constant.array.item() for constant in given.parameters[name] if constant is not None]
+        for name in ("begins", "ends", "end_masks")
+    )
+
+    def run(x: torch.Tensor, *models: torch.Tensor) -> torch.Tensor:
+        parts = zip(models, begins, ends, open_ends, strict=True)
+        return x.reshape([size for model, b, e, rest in parts for size in model.shape[b : None if rest else e]])
+
+    return _moving(run, "x", "ref_tensors")
+
+
+def expand_dims(given: Given) -> Kernel:
+    """New axes of size 1, numbered in the result."""
+    axes = given.ints("axes") or ()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        rank = x.dim() + len(axes)
+        for axis in sorted(axis % rank for axis in axes):
+            x = x.unsqueeze(axis)
+        return x
+
+    return _moving(run, "x")
+
+
+def squeeze(given: Given) -> Kernel:
+    """Without some axes (or all) of size 1; an axis of another size stays."""
+    axes = given.ints("axes")
+    return _moving(torch.squeeze if axes is None else lambda x: x.squeeze(axes), "x")
+
+
+def flatten2d(given: Given) -> Kernel:
+    """Two axes: everything before `axis`, everything from it."""
+    axis = given.value("axis", 1)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        before = x.shape[:axis].numel()
+        return x.reshape(before, x.numel() // before)
+
+    return _moving(run, "x")
+
+
+def transpose(given: Given) -> Kernel:
+    """The axes in another order."""
+    order = given.ints("perm")
+    return _moving(lambda x: x.permute(order), "x")
+
+
+def pixel_shuffle(given: Given) -> Kernel:
+    """Channels into space."""
+    factor = given.value("upscale_factor", None)
+    return _moving(lambda x: F.pixel_shuffle(x, factor), "x")
+
+
+def pixel_unshuffle(given: Given) -> Kernel:
+    """Space into channels."""
+    factor = given.value("downscale_factor", None)
+    return _moving(lambda x: F.pixel_unshuffle(x, int(factor)), "x")
+
+
+def concat(given: Given) -> Kernel:
+    """Tensors (and scalars) one after the other, or their elements in turn."""
+    axis, in_turn = given.value("axis", None), given.value("interleave", False)
+
+    def run(*values: torch.Tensor) -> torch.Tensor:
+        if not in_turn:
+            return torch.cat([value if value.dim() else value.reshape(1) for value in values], axis)
+        first = axis % values[0].dim()
+        return torch.stack(values, first + 1).flatten(first, first + 1)
+
+    return _moving(run, "values")
+
+
+def stack(given: Given) -> Kernel:
+    """Tensors side by side along a new axis."""
+    axis = given.value("axis", None)
+    return _moving(lambda *values: torch.stack(values, axis), "values")
+
+
+def split(given: Given) -> Kernel:
+    """Parts of given sizes, or of one size."""
+    axis, sizes, parts = given.value("axis", None), given.ints("split_sizes"), given.value("num_splits", 1)
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(x, list(sizes) if sizes else x.shape[axis] // parts, axis)
+
+    return _moving(run, "x")
+
+
+class _Masks:
+    """The constant parts of a slice: per axis its step, whether its begin or end is open, whether it is one index."""
+
+    def __init__(self, given: Given) -> None:
+        none = (False,) * _MOST_AXES
+        self.stride = given.ints("stride") or (1,) * _MOST_AXES
+        self.begin = given.ints("begin_mask") or none
+        self.end = given.ints("end_mask") or none
+        self.squeeze = given.ints("squeeze_mask") or none
+
+
+def _region(
+    shape: Sequence[int], begin: Sequence[int], end: Sequence[int], masks: _Masks
+) -> tuple[tuple[slice | int, ...], list[int]]:
+    """An index for torch, which has no negative steps, and the axes of the result to reverse after it."""
+    index: list[slice | int] = []
+    reverse: list[int] = []
+    axes = 0
+    for axis, size in enumerate(shape):
+        if masks.squeeze[axis]:
+            index.append(begin[axis])
+            continue
+        step = masks.stride[axis]
+        first = None if masks.begin[axis] else begin[axis]
+        last = None if masks.end[axis] else end[axis]
+        span = range(*slice(first, last, step).indices(size))
+        if step > 0:
+            index.append(slice(span.start, max(span.start, span.stop), step))
+        else:
+            index.append(slice(span[-1], span[0] + 1, -step) if span else slice(0, 0))
+            reverse.append(axes)
+        axes += 1
+    return tuple(index), reverse
+
+
+def slice_by_index(given: Given) -> Kernel:
+    """x[begin:end:stride, …] as numpy has it; an axis of `squeeze_mask` is one index."""
+    masks = _Masks(given)
+
+    def run(x: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        index, reverse = _region(x.shape, begin.tolist(), end.tolist(), masks)
+        return x[index].flip(reverse) if reverse else x[index]
+
+    return _moving(run, "x", "begin", "end")
+
+
+def slice_by_size(given: Given) -> Kernel:
+    """From `begin`, `size` elements; −1 is all that follow."""
+
+    def run(x: torch.Tensor, begin: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        firsts = [first % length if first < 0 else first for first, length in zip(begin.tolist(), x.shape, strict=True)]
+        return x[tuple(slice(b, None if n < 0 else b + n) for b, n in zip(firsts, size.tolist(), strict=True))]
+
+    return _moving(run, "x", "begin", "size")
+
+
+def slice_update(given: Given) -> Kernel:
+    """x with x[begin:end:stride, …] replaced."""
+    masks = _Masks(given)
+
+    def overwrite(x: torch.Tensor, update: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        index, reverse = _region(x.shape, begin.tolist(), end.tolist(), masks)
+        place = x[index]
+        update = update.expand(place.shape) if update.numel() == 1 else update.reshape(place.shape)
+        place.copy_(update.flip(reverse) if reverse else update)
+        return x
+
+    def run(x: torch.Tensor, update: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        return overwrite(x.clone(), update, begin, end)
+
+    return Kernel(("x", "update", "begin", "end"), run, exact=True, overwrite=overwrite)
+
+
+def gather(given: Given) -> Kernel:
+    """x's slices at the indices, along one axis, perhaps separately for each leading index."""
+    axis, batch = given.value("axis", 0), given.value("batch_dims", 0)
+    wrap = given.generation < _POSITIVE_INDICES
+
+    def run(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        place = axis % x.dim()
+        if wrap:
+            indices = torch.where(indices < 0, indices + x.shape[place], indices)
+        if batch:
+            return _gather_each(x, indices, place, batch)
+        found = x.index_select(place, indices.reshape(-1))
+        return found.reshape(x.shape[:place] + indices.shape + x.shape[place + 1 :])
+
+    return _moving(run, "x", "indices")
+
+
+def _gather_each(x: torch.Tensor, indices: torch.Tensor, axis: int, batch: int) -> torch.Tensor:
+    leading = x.shape[:batch]
+    rows = leading.numel()
+    flat = x.reshape(rows, *x.shape[batch:]).movedim(axis - batch + 1, 1)
+    found = flat[torch.arange(rows)[:, None], indices.reshape(rows, -1)]
+    found = found.reshape(rows, *indices.shape[batch:], *flat.shape[2:])
+    count = indices.dim() - batch
+    found = found.movedim(tuple(range(1, 1 + count)), tuple(range(axis - batch + 1, axis - batch + 1 + count)))
+    return found.reshape(*leading, *found.shape[1:])
+
+
+def gather_along_axis(given: Given) -> Kernel:
+    """numpy's take_along_axis."""
+    axis = given.value("axis", 0)
+    return _moving(lambda x, indices: torch.gather(x, axis, indices.long()), "x", "indices")
+
+
+def _places(data: torch.Tensor, indices: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+    """Index tensors, one per leading axis of `data`, from the last axis of `indices`."""
+    within = indices.unbind(-1)
+    grids = torch.meshgrid(*[torch.arange(size) for size in indices.shape[:-1]], indexing="ij")
+    return tuple(grid.long() for grid in grids[:batch]) + tuple(part.long() for part in within)
+
+
+def gather_nd(given: Given) -> Kernel:
+    """x[indices[…, 0], indices[…, 1], …]."""
+    batch = given.value("batch_dims", 0)
+    return _moving(lambda x, indices: x[_places(x, indices, batch)], "x", "indices")
+
+
+_COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "div": torch.div,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "mul": torch.mul,
+}
+
+
+def _scatterer(given: Given, places: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]) -> Kernel:
+    mode = given.value("mode", "add")
+    if mode not in ("add", "sub", "update", *_COMBINE):
+        raise given.refusal("mode", "add, sub, update, " + ", ".join(_COMBINE), mode)
+
+    def run(data: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        where = places(data, indices)
+        if mode in ("add", "sub"):
+            return data.index_put(where, updates if mode == "add" else -updates, accumulate=True)
+        return data.index_put(where, updates if mode == "update" else _COMBINE[mode](data[where], updates))
+
+    return Kernel(("data", "indices", "updates"), run, exact=mode == "update" or not given.floating)
+
+
+def scatter(given: Given) -> Kernel:
+    """Slices along one axis replaced by, or combined with, updates."""
+    axis = given.value("axis", 0)
+
+    def places(data: torch.Tensor, indices: torch.Tensor) -> tuple[Any, ...]:
+        place = axis % data.dim()
+        wheres = [torch.arange(size) for size in data.shape]
+        wheres[place] = indices.long()
+        return torch.meshgrid(*wheres, indexing="ij")
+
+    return _scatterer(given, places)
+
+
+def scatter_along_axis(given: Given) -> Kernel:
+    """numpy's put_along_axis, or a combination."""
+    axis = given.value("axis", 0)
+
+    def places(data: torch.Tensor, indices: torch.Tensor) -> tuple[Any, ...]:
+        wheres = list(torch.meshgrid(*[torch.arange(size) for size in indices.shape], indexing="ij"))
+        wheres[axis] = indices.long()
+        return tuple(wheres)
+
+    return _scatterer(given, places)
+
+
+def scatter_nd(given: Given) -> Kernel:
+    """data[indices[…, 0], indices[…, 1], …] replaced by, or combined with, updates."""
+    return _scatterer(given, lambda data, indices: _places(data, indices, 0))
+
+
+def _sorter(given: Given) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """A function that gives the sorted values and their places; equal values keep their order."""
+    axis, falling = given.value("axis", -1), not given.value("ascending", False)
+    return lambda x: torch.sort(x, dim=axis, descending=falling, stable=True)
+
+
+def topk(given: Given) -> Kernel:
+    """The k largest (or smallest) values along an axis, sorted, and where they were."""
+    axis, count, ordered = given.value("axis", -1), given.value("k", 1), _sorter(given)
+    alone = len(given.outputs) == 1
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values, places = ordered(x)
+        found = values.narrow(axis, 0, count), places.narrow(axis, 0, count).int()
+        return found[:1] if alone else found
+
+    return Kernel(("x",), run, exact=True)
+
+
+def argsort(given: Given) -> Kernel:
+    """The places of the sorted values."""
+    ordered = _sorter(given)
+    return Kernel(("x",), lambda x: ordered(x)[1].int(), exact=True)
+
+
+def pad(given: Given) -> Kernel:
+    """Constant, mirrored or repeated margins of the last axes."""
+    mode = given.value("mode", "constant")
+    value = given.value("constant_val", 0.0)
+    if mode not in ("constant", "reflect", "replicate"):
+        raise given.refusal("mode", "constant, reflect or replicate", mode)
+
+    def run(x: torch.Tensor, pads: torch.Tensor) -> torch.Tensor:
+        sides = [(before, after) for before, after in pads.reshape(-1, 2).tolist()]
+        if mode == "constant":
+            return F.pad(x, [side for pair in reversed(sides) for side in pair], value=value)
+        for axis, (before, after) in enumerate(sides, x.dim() - len(sides)):
+            size = x.shape[axis]
+            places = torch.arange(-before, size + after)
+            if mode == "reflect":
+                places = places.abs()
+                places = torch.where(places >= size, 2 * (size - 1) - places, places)
+            x = x.index_select(axis, places.clamp(0, size - 1))
+        return x
+
+    return _moving(run, "x", "pad")
+
+
+def tile(given: Given) -> Kernel:
+    """The tensor repeated along each axis."""
+    return _moving(lambda x, repeats: x.repeat(repeats.tolist()), "x", "reps")
+
+
+def reverse(given: Given) -> Kernel:
+    """The order along some axes (or all) turned round."""
+    axes = given.ints("axes")
+    return _moving(lambda x: x.flip(range(x.dim()) if axes is None else axes), "x")
+
+
+def band_part(given: Given) -> Kernel:
+    """The matrix's diagonal with so many diagonals below and above it; the rest is zero."""
+    lower, upper = given.value("lower", -1), given.value("upper", -1)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        x = x if upper < 0 else x.tril(upper)
+        return x if lower < 0 else x.triu(-lower)
+
+    return _moving(run, "x")
+
+
+def one_hot(given: Given) -> Kernel:
+    """A new axis that is `on` at the index and `off` elsewhere."""
+    axis, kind = given.value("axis", -1), working_type(given.outputs[0])
+    on, off = given.value("on_value", 1), given.value("off_value", 0)
+
+    def run(indices: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        place = axis % (indices.dim() + 1)
+        classes = torch.arange(int(size)).reshape(-1, *[1] * (indices.dim() - place))
+        hit = indices.unsqueeze(place) == classes
+        return torch.where(hit, torch.tensor(on, dtype=kind), torch.tensor(off, dtype=kind))
+
+    return Kernel(("indices", "one_hot_vector_size"), run, exact=True)
+
+
+def range_1d(given: Given) -> Kernel:
+    """start, start + step, … below end."""
+    kind = working_type(given.outputs[0])
+
+    def run(start: torch.Tensor, end: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return torch.arange(start.item(), end.item(), step.item(), dtype=kind)
+
+    return Kernel(("start", "end", "step"), run, exact=not given.floating)
+
+
+def fill(given: Given) -> Kernel:
+    """One value in a shape."""
+    value, kind = given.value("value", 0.0), working_type(given.outputs[0])
+    return Kernel(("shape",), lambda shape: torch.full(shape.tolist(), value, dtype=kind), exact=True)
+
+
+def fill_like(given: Given) -> Kernel:
+    """One value in another tensor's shape."""
+    value, kind = given.value("value", 0.0), working_type(given.outputs[0])
+    return Kernel(("ref_tensor",), lambda model: torch.full(model.shape, value, dtype=kind), exact=True)
+
+
+def non_zero(given: Given) -> Kernel:
+    """The places of the values that are not zero."""
+    return Kernel(("x",), lambda x: torch.nonzero(x).int(), exact=True)
+
+
+def shape(given: Given) -> Kernel:
+    """The sizes of a tensor's axes."""
+    return Kernel(("x",), lambda x: torch.tensor(x.shape, dtype=torch.int32), exact=True)
+
+
+def identity(given: Given) -> Kernel:
+    """The tensor itself."""
+    return _moving(lambda x: x, "x")
+
+
+BUILDERS: dict[str, Builder] = {
+    "argsort": argsort,
+    "band_part": band_part,
+    "concat": concat,
+    "expand_dims": expand_dims,
+    "fill": fill,
+    "fill_like": fill_like,
+    "flatten2d": flatten2d,
+    "gather": gather,
+    "gather_along_axis": gather_along_axis,
+    "gather_nd": gather_nd,
+    "identity": identity,
+    "non_zero": non_zero,
+    "one_hot": one_hot,
+    "pad": pad,
+    "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
+    "range_1d": range_1d,
+    "reshape": reshape,
+    "reshape_like": reshape_like,
+    "reverse": reverse,
+    "scatter": scatter,
+    "scatter_along_axis": scatter_along_axis,
+    "scatter_nd": scatter_nd,
+    "shape": shape,
+    "slice_by_index": slice_by_index,
+    "slice_by_size": slice_by_size,
+    "slice_update": slice_update,
+    "split": split,
+    "squeeze": squeeze,
+    "stack": stack,
+    "tile": tile,
+    "topk": topk,
+    "transpose": transpose,
+}
