@@ -9,9 +9,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from calora_export import adapter_format, strict_json
-from calora_export.compression import WeightFormat, weight_format
+from calora_export import adapter_format, layouts, strict_json
+from calora_export.compression import DenseWeight, PackedWeight, WeightFormat
 from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch
+from calora_export.layouts import Checkpoint
 from calora_export.manifest import (
     FILE,
     AdapterSpec,
@@ -44,6 +45,7 @@ __all__ = [
     "collapse_sites",
     "expand_sites",
     "load",
+    "open_base",
     "read_base",
     "read_base_config",
     "read_manifest",
@@ -53,18 +55,18 @@ __all__ = [
 Size = Annotated[int, Meta(ge=1)]
 
 
-class _Quantization(msgspec.Struct, frozen=True):
-    quant_method: str
-    format: str | None = None
-
-
 class BaseConfig(msgspec.Struct, frozen=True):
     """What of a base's config.json every step needs; the rest is the model library's."""
 
     model_type: str
     vocab_size: Size
     hidden_size: Size
-    quantization_config: _Quantization | None = None
+    quantization_config: dict[str, object] | None = None
+
+    @property
+    def layout(self) -> bytes | None:
+        """What `layouts` reads: the quantization_config as JSON."""
+        return None if self.quantization_config is None else msgspec.json.encode(self.quantization_config)
 
 
 class _Tokenizer(msgspec.Struct, frozen=True):
@@ -82,13 +84,26 @@ class _RouterForm(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. `linears`: (out, in) of every 2-D weight of the base; `embeddings`: the lookups."""
+    """A checked bundle. `weights`: every 2-D weight of the base; `embeddings`: which of them are lookups."""
 
     path: Path
     manifest: Manifest
-    base: TensorIndex
-    linears: dict[str, tuple[int, int]]
+    weights: Checkpoint
     embeddings: tuple[str, ...]
+
+    @property
+    def base(self) -> TensorIndex:
+        """The tensors of the base as they lie in its files."""
+        return self.weights.tensors
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every 2-D weight of the base."""
+        return {name: stored.shape for name, stored in self.weights.formats.items()}
+
+    def weight(self, module: str) -> DenseWeight | PackedWeight:
+        """The weight of a module as it is stored."""
+        return self.weights.read(module)
 
     @property
     def adaptable(self) -> dict[str, tuple[int, int]]:
@@ -120,10 +135,8 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
     if not (path / FILE).is_file():
         raise BundleError(mismatch(FILE, "file", "a file", f"nothing in {path}"))
     manifest = read_manifest(path)
-    base, formats, embeddings = read_base(path / "base", "base")
-    linears = {name: stored.shape for name, stored in formats.items()}
-    bundle = Bundle(path, manifest, base, linears, embeddings)
-    _check_compression(manifest, formats)
+    bundle = Bundle(path, manifest, *open_base(path / "base", "base"))
+    _check_compression(manifest, bundle.weights.formats)
     for index, adapter in enumerate(manifest.adapters):
         _check_adapter(bundle, adapter, f"adapters[{index}]")
     if manifest.router is not None:
@@ -137,36 +150,28 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
 
 def read_base(directory: Path, label: str) -> tuple[TensorIndex, dict[str, WeightFormat], tuple[str, ...]]:
     """The tensors of a Hugging Face model directory, every 2-D weight's format, and which are embeddings."""
+    weights, embeddings = open_base(directory, label)
+    return weights.tensors, weights.formats, embeddings
+
+
+def open_base(directory: Path, label: str) -> tuple[Checkpoint, tuple[str, ...]]:
+    """The weights of a Hugging Face model directory, and which of them are embeddings."""
     config_file = f"{label}/config.json"
     config = read_base_config(directory, label)
     _read_tokenizer(directory, label)
-    tensors = TensorIndex.open(directory, label)
-    formats = _weight_formats(tensors)
-    if config.quantization_config is None and any(stored.bits for stored in formats.values()):
-        raise BundleError(mismatch(config_file, "quantization_config", "one for the packed weights", "nothing"))
-    embeddings = tuple(name for name, stored in formats.items() if _is_embedding(name, stored, config))
+    weights = layouts.checkpoint(TensorIndex.open(directory, label), config.layout, config_file)
+    embeddings = tuple(name for name, stored in weights.formats.items() if _is_embedding(name, stored, config))
     if not embeddings:
         raise BundleError(mismatch(config_file, "vocab_size", "the rows of an embedding", config.vocab_size))
-    return tensors, formats, embeddings
+    return weights, embeddings
 
 
 def read_base_config(directory: Path, label: str) -> BaseConfig:
     """config.json of a Hugging Face model directory; UnsupportedError for a layout that is not read."""
     config = strict_json.read(directory / "config.json", BaseConfig, f"{label}/config.json")
-    if config.quantization_config is not None:
-        _check_quantization(config.quantization_config, f"{label}/config.json")
+    if config.layout is not None:
+        layouts.find(config.layout, f"{label}/config.json")
     return config
-
-
-def _check_quantization(quantization: _Quantization, file: str) -> None:
-    for key, expected, found in (
-        ("quant_method", "compressed-tensors", quantization.quant_method),
-        ("format", "pack-quantized", quantization.format),
-    ):
-        if found != expected:
-            hint = "save it uncompressed, or with llm-compressor as pack-quantized"
-            shown = strict_json.plain(str(found))
-            raise UnsupportedError(mismatch(file, f"quantization_config.{key}", expected, shown, hint))
 
 
 def _read_tokenizer(directory: Path, label: str) -> None:
@@ -187,15 +192,6 @@ def _check_tokenizer(data: bytes, file: str) -> None:
         ) from None
 
 
-def _weight_formats(tensors: TensorIndex) -> dict[str, WeightFormat]:
-    modules = [name.removesuffix(".weight_packed") for name in tensors.names() if name.endswith(".weight_packed")]
-    for name, info in tensors.tensors.items():
-        module = name.removesuffix(".weight")
-        if module != name and len(info.shape) == 2:
-            modules.append(module)
-    return {module: weight_format(tensors, module) for module in sorted(set(modules))}
-
-
 def _is_embedding(name: str, stored: WeightFormat, config: BaseConfig) -> bool:
     # An embedding stands outside of the numbered layers; lm_head has its shape but is a linear.
     parts = name.split(".")
@@ -203,7 +199,7 @@ def _is_embedding(name: str, stored: WeightFormat, config: BaseConfig) -> bool:
 
 
 def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> None:
-    """Every int step must describe what is stored, and everything stored packed must be described."""
+    """Every step but pruning must describe what is stored, and everything stored packed must be described."""
     described: set[str] = set()
     for index, step in enumerate(manifest.base.compression):
         key = f"base.compression[{index}]"
@@ -212,16 +208,18 @@ def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> 
             continue
         for site in sites:
             stored = formats[site]
-            found = "dense" if stored.bits is None else f"int{stored.bits}"
-            if found != step.scheme:
-                raise wrong(f"{key}.scheme", f"{found}, as {site} is stored", step.scheme)
+            if stored.scheme != step.scheme:
+                raise wrong(f"{key}.scheme", f"{stored.scheme}, as {site} is stored", step.scheme)
             group_size = step.group_size or stored.shape[1]
             if group_size != stored.group_size:
                 raise wrong(f"{key}.group_size", f"{stored.group_size}, as {site} is stored", step.group_size)
+            if step.symmetric is not None and step.symmetric != stored.symmetric:
+                shown = str(stored.symmetric).lower()
+                raise wrong(f"{key}.symmetric", f"{shown}, as {site} is stored", str(step.symmetric).lower())
         described.update(sites)
     for name, stored in formats.items():
         if stored.bits is not None and name not in described:
-            raise wrong("base.compression", f"an int{stored.bits} step with {name}, which is stored packed", "none")
+            raise wrong("base.compression", f"an {stored.scheme} step with {name}, which is stored packed", "none")
 
 
 def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:

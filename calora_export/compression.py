@@ -1,17 +1,10 @@
-"""How a stored linear or embedding weight is held: dense, or integers with scales per group.
-
-The packed layout is `pack-quantized` of compressed-tensors (docs/bundle.md): weight = q · scale; the codes
-q + 2^(bits-1) lie in little-endian int32, the first column in the lowest bits.
-"""
+"""A linear or embedding weight: dense, or integers with scales per group. How they lie in files: `layouts`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-
-from calora_export.errors import BundleError, UnsupportedError, mismatch
-from calora_export.tensors import FLOATS, TensorIndex
 
 BITS = (4, 8)
 
@@ -72,41 +65,19 @@ class WeightFormat:
     shape: tuple[int, int]
     bits: int | None
     group_size: int | None
+    symmetric: bool = True
+    codebook: bool = False
 
-
-def read_weight(tensors: TensorIndex, module: str) -> DenseWeight | PackedWeight:
-    """The weight of `module`; BundleError when its tensors are missing or do not fit each other."""
-    stored = weight_format(tensors, module)
-    if stored.bits is None or stored.group_size is None:
-        return DenseWeight(tensors.array(f"{module}.weight"))
-    q = unpack_int32(tensors.array(f"{module}.weight_packed"), stored.bits)
-    return PackedWeight(q, tensors.array(f"{module}.weight_scale"), stored.bits, stored.group_size)
-
-
-def weight_format(tensors: TensorIndex, module: str) -> WeightFormat:
-    """Shape, bits and group size of `module`'s weight, from headers alone; raises like `read_weight`."""
-    packed, dense = f"{module}.weight_packed", f"{module}.weight"
-    if packed not in tensors.tensors:
-        info = tensors.info(dense)
-        if len(info.shape) != 2:
-            raise BundleError(mismatch(tensors.file_of(dense), dense, "[out, in]", f"{list(info.shape)}"))
-        if info.dtype not in FLOATS:
-            hint = "compressed weights are read in compressed-tensors' pack-quantized layout"
-            raise UnsupportedError(mismatch(tensors.file_of(dense), dense, " or ".join(FLOATS), info.dtype, hint))
-        return WeightFormat((info.shape[0], info.shape[1]), None, None)
-    if dense in tensors.tensors:
-        raise BundleError(mismatch(tensors.file_of(dense), dense, "either this or weight_packed", "both"))
-    for extra, what in (("weight_zero_point", "zero points"), ("weight_g_idx", "an activation order")):
-        name = f"{module}.{extra}"
-        if name in tensors.tensors:
-            raise UnsupportedError(mismatch(tensors.file_of(name), name, "symmetric groups in column order", what))
-    rows, columns = _stored_shape(tensors, f"{module}.weight_shape")
-    return WeightFormat((rows, columns), _bits(tensors, packed, rows, columns),
-                        _group_size(tensors, f"{module}.weight_scale", rows, columns))  # fmt: skip
+    @property
+    def scheme(self) -> str:
+        """As `base.compression` names it, `dense` where it does not."""
+        return "dense" if self.bits is None else f"{'nf' if self.codebook else 'int'}{self.bits}"
 
 
 def pack_int32(q: np.ndarray, bits: int) -> np.ndarray:
-    """int8 [..., in] to int32 [..., in · bits / 32]; ValueError for values out of range or partial words."""
+    """int8 [..., in] to int32 [..., in · bits / 32] as compressed-tensors' pack-quantized has them: q + 2^(bits-1), the
+    first column in the lowest bits. ValueError for values out of range or partial words.
+    """
     half = 1 << (bits - 1)
     if bits not in BITS or q.shape[-1] * bits % 32:
         raise ValueError(f"{q.shape[-1]} columns of {bits} bits do not fill 32-bit words")
@@ -149,33 +120,3 @@ def quantize_symmetric(
     scale = np.where(absmax > 0, scale, 1).astype(scales or ml_dtypes.bfloat16)
     q = np.clip(np.rint(groups / scale.astype(np.float32)[:, :, None]), -top - 1, top)
     return PackedWeight(q.astype(np.int8).reshape(rows, columns), scale, bits, group_size)
-
-
-def _stored_shape(tensors: TensorIndex, name: str) -> tuple[int, int]:
-    info = tensors.info(name)
-    if info.shape != (2,) or info.dtype not in ("I64", "I32"):
-        found = f"{info.dtype} {list(info.shape)}"
-        raise BundleError(mismatch(tensors.file_of(name), name, "I64 [2]", found))
-    rows, columns = (int(size) for size in tensors.array(name))
-    if rows < 1 or columns < 1:
-        found = f"[{rows}, {columns}]"
-        raise BundleError(mismatch(tensors.file_of(name), name, "[out, in] of at least 1", found))
-    return rows, columns
-
-
-def _bits(tensors: TensorIndex, name: str, rows: int, columns: int) -> int:
-    info = tensors.info(name)
-    for bits in BITS:
-        if info.dtype == "I32" and columns * bits % 32 == 0 and info.shape == (rows, columns * bits // 32):
-            return bits
-    expected = " or ".join(f"I32 [{rows}, {columns * bits // 32}] ({bits} bits)" for bits in BITS)
-    raise BundleError(mismatch(tensors.file_of(name), name, expected, f"{info.dtype} {list(info.shape)}"))
-
-
-def _group_size(tensors: TensorIndex, name: str, rows: int, columns: int) -> int:
-    info = tensors.info(name)
-    fits = len(info.shape) == 2 and info.shape[0] == rows and info.shape[1] > 0
-    if not fits or columns % info.shape[1] or info.dtype not in FLOATS:
-        expected = f"{' or '.join(FLOATS)} [{rows}, {columns} / group size]"
-        raise BundleError(mismatch(tensors.file_of(name), name, expected, f"{info.dtype} {list(info.shape)}"))
-    return columns // info.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from calora_export import bundle as bundles
 from calora_export import manifest, strict_json
 from calora_export import package as packages
 from calora_export.bundle import BaseConfig
-from calora_export.compression import weight_format
 from calora_export.errors import PackageError, mismatch
 
 
@@ -78,20 +78,26 @@ def inspect(path: Path) -> BundleView | PackageView:
     raise PackageError(mismatch(path, "content", f"a directory with {manifest.FILE} or {packages.FILE}", found))
 
 
+def _is_part(tensor: str, packed: Collection[str]) -> bool:
+    """Whether a tensor is part of how a module's weight is packed."""
+    owner, _, leaf = tensor.rpartition(".")
+    while owner and owner not in packed:
+        owner = owner.rpartition(".")[0]
+    return bool(owner) and leaf != "bias"
+
+
 def _bundle(path: Path) -> BundleView:
     bundle = bundles.load(path)
     config = strict_json.read(path / "base" / "config.json", BaseConfig, "base/config.json")
-    formats = {name: weight_format(bundle.base, name) for name in bundle.linears}
-    packed = {
-        f"{name}.weight_{part}" for name, kept in formats.items() if kept.bits for part in ("packed", "scale", "shape")
-    }
-    other = sum(prod(bundle.base.info(name).shape) for name in bundle.base.names() if name not in packed)
-    linear = sum(prod(kept.shape) for kept in formats.values() if kept.bits)
+    formats = bundle.weights.formats
+    packed = {name for name, kept in formats.items() if kept.bits}
+    other = sum(prod(bundle.base.info(name).shape) for name in bundle.base.names() if not _is_part(name, packed))
+    linear = sum(prod(formats[name].shape) for name in packed)
     steps = [
         " ".join(filter(None, [step.scheme, step.pattern or "", f"group {step.group_size}" if step.group_size else ""]))
         for step in bundle.manifest.base.compression
     ]
-    stored = Counter(f"int{kept.bits}" if kept.bits else "dense" for kept in formats.values())
+    stored = Counter(kept.scheme for kept in formats.values())
     base = BaseView(
         config.model_type,
         linear + other,

@@ -24,7 +24,7 @@ Sites = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _INT = ("group_size", "symmetric")
-_STEP_PARAMETERS = {"prune": ("pattern",), "int4": _INT, "int8": _INT}
+_STEP_PARAMETERS = {"prune": ("pattern",), "int4": _INT, "int8": _INT, "nf4": ("group_size",)}
 _SELECT_PARAMETER = {"top_p": "p", "top_k": "k", "threshold": "threshold", "all": None}
 
 
@@ -54,12 +54,14 @@ class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Done to the base: int4, int8 with columns per scale (None: one per row); prune with a pattern."""
+    """Done to the base: int4, int8, nf4 with columns per scale (None: one per row), ints with zero points unless
+    they are symmetric; prune with a pattern.
+    """
 
-    scheme: Literal["prune", "int4", "int8"]
+    scheme: Literal["prune", "int4", "int8", "nf4"]
     sites: Sites
     group_size: Count | None = None
-    symmetric: Literal[True] | None = None
+    symmetric: bool | None = None
     pattern: Literal["2:4", "unstructured"] | None = None
 
 

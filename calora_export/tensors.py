@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -55,27 +55,33 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """The tensors of all *.safetensors files of one directory; `label` is how errors name that directory."""
+    """The tensors of all *.safetensors files of one directory; `label` is how errors name that directory. `metadata`:
+    what the files' headers say in `__metadata__`.
+    """
 
     directory: Path
     label: str
     tensors: dict[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def open(directory: Path, label: str | None = None) -> TensorIndex:
         """Read the headers; BundleError for no file, a truncated one, a bad header, a name in two files."""
         shown = str(directory) if label is None else label
         tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise BundleError(mismatch(shown, "*.safetensors", "at least one file", "none"))
         for file in files:
-            for name, info in _read_header(file, f"{shown}/{file.name}").items():
+            found, said = _read_header(file, f"{shown}/{file.name}")
+            metadata |= said
+            for name, info in found.items():
                 if name in tensors:
-                    found = f"it in {tensors[name].file.name} too"
-                    raise BundleError(mismatch(f"{shown}/{file.name}", name, "a name of its own", found))
+                    twice = f"it in {tensors[name].file.name} too"
+                    raise BundleError(mismatch(f"{shown}/{file.name}", name, "a name of its own", twice))
                 tensors[name] = info
-        return TensorIndex(directory, shown, dict(sorted(tensors.items())))
+        return TensorIndex(directory, shown, dict(sorted(tensors.items())), metadata)
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted by code point."""
@@ -152,7 +158,7 @@ def _numpy_dtype(name: str) -> np.dtype:
     return np.dtype(_DTYPES[name][0])
 
 
-def _read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
+def _read_header(path: Path, shown: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -168,13 +174,19 @@ def _read_header(path: Path, shown: str) -> dict[str, TensorInfo]:
     return _parse_header(header, path, 8 + length, size, shown)
 
 
-def _parse_header(header: bytes, path: Path, data: int, size: int, shown: str) -> dict[str, TensorInfo]:
-    """Infos by name from the JSON `header`; `data` is where the bytes begin, `size` the file's."""
+def _parse_header(
+    header: bytes, path: Path, data: int, size: int, shown: str
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Infos by name, and metadata, from the JSON `header`; `data` is where the bytes begin, `size` the file's."""
     try:
         raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
         raise BundleError(mismatch(shown, "header", "a JSON object", f"an error: {problem}")) from None
-    raw.pop("__metadata__", None)
+    said = raw.pop("__metadata__", None)
+    try:
+        metadata = {} if said is None else msgspec.json.decode(said, type=dict[str, str])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as problem:
+        raise BundleError(mismatch(shown, "__metadata__", "texts by name", f"an error: {problem}")) from None
     infos: dict[str, TensorInfo] = {}
     for name, text in raw.items():
         if not name.isprintable():
@@ -193,7 +205,7 @@ def _parse_header(header: bytes, path: Path, data: int, size: int, shown: str) -
             raise BundleError(mismatch(shown, f"{name} data_offsets", expected, f"{end - start}"))
         infos[name] = TensorInfo(entry.dtype, entry.shape, path, data + start, data + end)
     _check_cover(infos, data, size, shown)
-    return infos
+    return infos, metadata
 
 
 def _check_cover(infos: dict[str, TensorInfo], data: int, size: int, shown: str) -> None:

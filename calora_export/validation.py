@@ -16,7 +16,6 @@ from calora_export import adapters as rows
 from calora_export import devices, golden, latency, measuring, model, parity, report, routers, runtimes
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
-from calora_export.compression import read_weight
 from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
@@ -66,7 +65,7 @@ def validate(package: Package, bundle: Bundle, device: str, progress: Callable[[
 def _reference(package: Package, bundle: Bundle) -> Reference:
     context = package.manifest.model.context
     settings = package.manifest.settings
-    source = model.compose(bundle, lambda module: read_weight(bundle.base, module), context=context)
+    source = model.compose(bundle, bundle.weight, context=context)
     target = None
     if package.manifest.represented or settings.activations != "float":
         weights = Weights(bundle, settings)

@@ -8,7 +8,7 @@ import numpy as np
 
 from calora_export import recipe as recipes
 from calora_export.bundle import Bundle
-from calora_export.compression import DenseWeight, PackedWeight, read_weight
+from calora_export.compression import DenseWeight, PackedWeight
 from calora_export.package import Represented
 from calora_export.recipe import Recipe
 
@@ -22,7 +22,7 @@ class Weights:
     represented: dict[str, Represented] = field(default_factory=dict)
 
     def __call__(self, module: str) -> DenseWeight | PackedWeight:
-        stored = read_weight(self.bundle.base, module)
+        stored = self.bundle.weight(module)
         made = recipes.represent(self.recipe, module, stored)
         if not made.exact:
             original = stored.dequantize()
@@ -36,4 +36,7 @@ class Weights:
 def _form(weight: DenseWeight | PackedWeight) -> str:
     if isinstance(weight, DenseWeight):
         return "float"
-    return f"int{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}"
+    if weight.codebook is not None:
+        return f"nf{weight.bits}/{weight.group_size}"
+    kind = "int" if weight.zero is None else "uint"
+    return f"{kind}{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}"

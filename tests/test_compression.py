@@ -11,17 +11,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
+from calora_export import layouts
 from calora_export.compression import (
     DenseWeight,
     PackedWeight,
     pack_int32,
     quantize_symmetric,
-    read_weight,
     unpack_int32,
 )
 from calora_export.errors import BundleError, CaloraError, UnsupportedError
 from calora_export.tensors import TensorIndex
 from tests.bundles import packed_tensors
+
+CONFIG = b'{"quant_method": "compressed-tensors", "format": "pack-quantized"}'
+
+
+def read_weight(tensors: TensorIndex, module: str) -> DenseWeight | PackedWeight:
+    return layouts.checkpoint(tensors, CONFIG, "config.json").read(module)
+
 
 BITS = st.sampled_from([4, 8])
 
@@ -140,7 +147,6 @@ def _only(values: np.ndarray) -> Change:
 
 FLOAT_SCALE = "m.weight_scale: expected F32 or F16 or BF16 [4, 64 / group size], found"
 CODES = "m.weight_packed: expected I32 [4, 8] (4 bits) or I32 [4, 16] (8 bits), found"
-SYMMETRIC = "expected symmetric groups in column order, found"
 
 
 @pytest.mark.parametrize(
@@ -162,8 +168,9 @@ SYMMETRIC = "expected symmetric groups in column order, found"
         ),
         (_put("weight_shape", np.array([4, 0])), BundleError, "[out, in] of at least 1, found [4, 0]"),
         (_put("weight_shape", np.array([-4, 64])), BundleError, "[out, in] of at least 1, found [-4, 64]"),
-        (_put("weight_zero_point", np.zeros((1, 2))), UnsupportedError, f"{SYMMETRIC} zero points"),
-        (_put("weight_g_idx", np.zeros(64, np.int32)), UnsupportedError, f"{SYMMETRIC} an activation order"),
+        (_put("weight_zero_point", np.zeros((1, 2))), BundleError, "zero_point: expected I32 [1, 2], found F64 [1, 2]"),
+        (_put("weight_g_idx", np.zeros(63, np.int32)), BundleError, "g_idx: expected I32 or I64 [64], found I32 [63]"),
+        (_put("weight_g_idx", np.zeros(64, np.int32)), UnsupportedError, "2 groups of 32 columns, found groups"),
         (
             _put("weight", np.zeros((4, 64))),
             BundleError,

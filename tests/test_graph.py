@@ -8,7 +8,6 @@ from torch import Tensor
 
 from calora_export import bundle as bundles
 from calora_export.adapters import load_adapter
-from calora_export.compression import read_weight
 from calora_export.graph import Graph, Slot, trace
 from calora_export.model import Rows, SlotModel, compose
 from tests.conftest import Families
@@ -23,7 +22,7 @@ def llama(families: Families) -> Family:
 @pytest.fixture(scope="module")
 def model(llama: Family) -> SlotModel:
     bundle = bundles.load(llama.bundle)
-    return compose(bundle, lambda module: read_weight(bundle.base, module), context=CONTEXT)
+    return compose(bundle, bundle.weight, context=CONTEXT)
 
 
 @pytest.fixture(scope="module")

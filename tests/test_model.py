@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calora_export import bundle as bundles
 from calora_export.adapters import Adapter, load_adapter, mix
-from calora_export.compression import DenseWeight, read_weight
+from calora_export.compression import DenseWeight
 from calora_export.errors import BundleError, UnsupportedError
 from calora_export.model import Rows, SlotModel, compose
 from tests.bundles import copy_bundle, edit_json, edit_tensors
@@ -25,7 +25,7 @@ BASE, ADAPTED = 1e-5, 5e-5  # logits reach ±10
 
 def composed(path: Path, context: int = CONTEXT) -> SlotModel:
     bundle = bundles.load(path)
-    return compose(bundle, lambda module: read_weight(bundle.base, module), context=context)
+    return compose(bundle, bundle.weight, context=context)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_weights_come_from_weight_of(llama: Family) -> None:
     bundle = bundles.load(llama.bundle)
 
     def weight_of(module: str) -> DenseWeight:
-        stored = read_weight(bundle.base, module)
+        stored = bundle.weight(module)
         assert isinstance(stored, DenseWeight)
         return DenseWeight(stored.values * np.float32(module != "lm_head"))
 

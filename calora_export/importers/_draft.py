@@ -169,18 +169,19 @@ def _weight_files(base: Path) -> list[str]:
 
 
 def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[CompressionStep, ...]:
-    """One step per bits and group size that are stored; a group as wide as the row is one scale per row."""
-    groups: dict[tuple[int, int], list[str]] = {}
+    """One step per form that is stored; a group as wide as the row is one scale per row."""
+    forms: dict[tuple[str, int, bool], list[str]] = {}
     for module, stored in formats.items():
         if stored.bits is not None and stored.group_size is not None:
             per_row = stored.group_size == stored.shape[1]
-            groups.setdefault((stored.bits, 0 if per_row else stored.group_size), []).append(module)
+            form = (stored.scheme, 0 if per_row else stored.group_size, stored.symmetric)
+            forms.setdefault(form, []).append(module)
     return tuple(
         CompressionStep(
-            scheme="int4" if bits == 4 else "int8",
+            scheme=scheme,  # type: ignore[arg-type]
             sites=collapse_sites(modules, formats),
             group_size=group_size or None,
-            symmetric=True,
+            symmetric=None if scheme == "nf4" else symmetric,
         )
-        for (bits, group_size), modules in sorted(groups.items())
+        for (scheme, group_size, symmetric), modules in sorted(forms.items())
     )

@@ -13,7 +13,7 @@ import torch
 
 from calora_export import bundle, demo
 from calora_export.bundle import Bundle
-from calora_export.compression import PackedWeight, read_weight
+from calora_export.compression import PackedWeight
 from calora_export.demo.plan import Plan
 from calora_export.demo.results import Provenance
 from calora_export.demo.routing import held_out_routed
@@ -31,7 +31,7 @@ def committed() -> Bundle:
 @pytest.fixture(scope="module")
 def packed(committed: Bundle) -> dict[str, PackedWeight]:
     """Everything of the base that is stored as integers, by module."""
-    weights = {name: read_weight(committed.base, name) for name in committed.linears}
+    weights = {name: committed.weight(name) for name in committed.linears}
     return {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
 
 
