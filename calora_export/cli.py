@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from inspect import Parameter, signature
 from pathlib import Path
@@ -25,7 +25,8 @@ from calora_export.version import VERSION
 
 if TYPE_CHECKING:
     from calora_export.generation import Chat
-    from calora_export.inspection import BundleView, PackageView
+    from calora_export.inspection import BundleView, CoremlView, PackageView
+    from calora_export.neural_engine import Finding
     from calora_export.pipeline import Progress
     from calora_export.report import Latency, Report
     from calora_export.runtimes import Mix
@@ -121,17 +122,15 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.", metavar="BUNDLE", show_default=False)],
     out_dir: Annotated[Path, typer.Option("-o", "--out", metavar="PACKAGE", show_default=False)],
     recipe: Annotated[str, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)],
-    device: Annotated[str | None, typer.Option("--device", help="Check this device's limits first.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Refuse what this device cannot run or hold.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Lower a bundle into a package. The old package, if any, is replaced only when the new one is complete."""
     with reporting(debug), progress() as say:
-        from calora_export import pipeline, profiles
+        from calora_export import pipeline
 
-        if device is not None:
-            profiles.check(device, bundle, recipe)
-        package = pipeline.export(bundle, out_dir, recipe, say)
+        package = pipeline.export(bundle, out_dir, recipe, say, device)
         size = sum(entry.size for entry in package.manifest.files.values())
         changed = package.manifest.represented
         if json:
@@ -349,6 +348,8 @@ def show_package(view: PackageView) -> None:
         ]
     )
     show_adapters(view)
+    if view.coreml is not None:
+        show_coreml(view.coreml)
     out.print()
     show_rows(
         [
@@ -356,6 +357,41 @@ def show_package(view: PackageView) -> None:
             for name, entry in view.files.items()
         ]
     )
+
+
+def show_coreml(view: CoremlView) -> None:
+    for name, part in view.parts.items():
+        systems = ", ".join(f"{system} {version}" for system, version in part.os.items())
+        shares = (
+            f"weights {megabytes(part.weights)}, states {megabytes(part.states)}, "
+            f"inputs {megabytes(part.inputs)}, activations {megabytes(part.activations)}"
+        )
+        why = ", because" if part.findings else ""
+        out.print()
+        show_rows(
+            [
+                {"Core ML": "needs", name: f"{systems} or newer"},
+                {"Core ML": "memory", name: f"{megabytes(part.memory)} at the most: {shares}"},
+                {"Core ML": "if expanded", name: f"weights {megabytes(part.expanded)}, where a compute unit does that"},
+                {"Core ML": "functions", name: ", ".join(part.functions)},
+                {"Core ML": "operators", name: f"{sum(part.operators.values())}: {counts(part.operators)}"},
+                {"Core ML": "off the engine", name: f"{part.off_engine} of them on the CPU or GPU{why}"},
+                *({"Core ML": entry.rule, name: explain(entry)} for entry in part.findings),
+                *({"Core ML": "warning", name: line} for line in part.warnings),
+            ]
+        )
+    out.print()
+    show_rows([{"device": name, "suits": "; ".join(found) or "yes"} for name, found in view.devices.items()])
+
+
+def explain(finding: Finding) -> str:
+    return f"{finding.reason} ({finding.basis}): {counts(finding.operators)}"
+
+
+def counts(operators: Mapping[str, int], most: int = 8) -> str:
+    """The most frequent ones."""
+    shown = [f"{name} {count}" for name, count in list(operators.items())[:most]]
+    return ", ".join([*shown, "…"] if len(operators) > most else shown)
 
 
 def show_adapters(view: BundleView | PackageView) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 
 from msgspec import Struct
 
 from calora_export import bundle as bundles
-from calora_export import manifest, strict_json
+from calora_export import fitness, manifest, strict_json
 from calora_export import package as packages
 from calora_export.bundle import BaseConfig
 from calora_export.errors import PackageError, mismatch
@@ -52,6 +52,13 @@ class BundleView(Struct, frozen=True, tag_field="kind", tag="bundle"):
     tasks: int
 
 
+class CoremlView(Struct, frozen=True):
+    """What each .mlpackage needs, and by device profile what speaks against all of them together."""
+
+    parts: dict[str, fitness.Fitness]
+    devices: dict[str, list[str]]
+
+
 class PackageView(Struct, frozen=True, tag_field="kind", tag="package"):
     path: str
     name: str
@@ -66,6 +73,7 @@ class PackageView(Struct, frozen=True, tag_field="kind", tag="package"):
     router: RouterView | None
     files: dict[str, packages.FileEntry]
     versions: dict[str, str]
+    coreml: CoremlView | None
 
 
 def inspect(path: Path) -> BundleView | PackageView:
@@ -136,11 +144,12 @@ def _package(path: Path) -> PackageView:
             [f"{entry.rank - entry.recovery_rows} identity rows", f"{entry.recovery_rows} gelu rows"],
             entry.sites,
             entry.rank,
-            made.files[entry.file].size,
+            _stored(made.files, entry.file),
         )
         for entry in made.adapters
     ]
-    router = _router(made.router.spec, made.files[made.router.file].size) if made.router else None
+    router = _router(made.router.spec, _stored(made.files, made.router.file)) if made.router else None
+    parts = fitness.of_package(path)
     return PackageView(
         str(path),
         made.name,
@@ -155,7 +164,13 @@ def _package(path: Path) -> PackageView:
         router,
         made.files,
         made.versions,
+        CoremlView(parts, fitness.by_device(parts)) if parts else None,
     )
+
+
+def _stored(files: Mapping[str, packages.FileEntry], name: str) -> int:
+    """Bytes of a file, or of all in a directory."""
+    return sum(entry.size for file, entry in files.items() if file == name or file.startswith(f"{name}/"))
 
 
 def _router(spec: manifest.RouterSpec, size: int) -> RouterView:

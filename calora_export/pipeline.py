@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from calora_export import adapter_format, devices, runtimes, targets, tokens
+from calora_export import adapter_format, devices, fitness, profiles, runtimes, targets, tokens
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
 from calora_export import package as packages
@@ -41,10 +41,18 @@ def silent(stage: str) -> None:
     """Progress for callers that want none."""
 
 
-def export(bundle_path: Path, out: Path, recipe_name: str, progress: Progress = silent) -> Package:
-    """Lower a bundle into a package at `out`; everything that can be checked is checked before the first slow step."""
+def export(
+    bundle_path: Path, out: Path, recipe_name: str, progress: Progress = silent, device: str | None = None
+) -> Package:
+    """Lower a bundle into a package at `out`; everything that can be checked is checked before the first slow step.
+
+    What the profile of a device does not allow is refused: before, as far as recipe and bundle tell, and for Core ML
+    once more from the saved files, before they take the place of an older package.
+    """
     recipe = recipes.load(recipe_name)
     targets.require(recipe.target)
+    if device is not None:
+        profiles.check(device, bundle_path, recipe_name)
     progress("reading the bundle")
     bundle = bundles.load(bundle_path, deep=True)
     special = tokens.special_tokens(bundle)
@@ -52,6 +60,8 @@ def export(bundle_path: Path, out: Path, recipe_name: str, progress: Progress = 
     with packages.written(out, packages.FILE) as directory:
         job = _Export(bundle, adapters, directory, recipe, Path(recipe_name).stem, special)
         job.run(targets.load(recipe.target), progress)
+        if device is not None:
+            fitness.check(device, directory)
     return packages.load(out)
 
 
