@@ -38,7 +38,7 @@ def cmake() -> str:
 
 @pytest.fixture(scope="session")
 def runner(cmake: str) -> Path:
-    return native.runner()
+    return native.runner("executorch")
 
 
 @pytest.fixture(scope="session")

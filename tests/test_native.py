@@ -57,12 +57,12 @@ def cached(source: Path) -> list[str]:
 
 @pytest.mark.usefixtures("cmake")
 def test_a_program_is_built_once_and_runs_from_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = native.runner()
+    program = native.runner("executorch")
     assert subprocess.run([program]).returncode == 42, "with the library that lies beside it"
-    assert {path.name for path in program.parent.iterdir()} == {native.RUNNER, native.LIBRARY}
+    assert {path.name for path in program.parent.iterdir()} == {native.RUNNER, native.LIBRARY, native.SYSTEM}
     assert cached(source) == ["runner"]
     monkeypatch.setattr(native, "_run", lambda *_: pytest.fail("built again"))
-    assert native.runner() == program
+    assert native.runner("executorch") == program
 
 
 @pytest.mark.usefixtures("cmake")
@@ -74,24 +74,36 @@ def test_the_kernels_need_less_than_the_runner_does(source: Path) -> None:
 
 @pytest.mark.usefixtures("cmake")
 def test_changed_sources_are_built_again_beside_the_old(source: Path) -> None:
-    before = native.runner()
+    before = native.runner("executorch")
     (source / "slot.cpp").write_text(SLOT.replace("42", "43"))
-    after = native.runner()
+    after = native.runner("executorch")
     assert after != before
     assert [subprocess.run([program]).returncode for program in (before, after)] == [42, 43]
 
 
-def test_the_key_is_of_names_contents_version_and_place(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [native._key(source), native._key(source)]
+def test_the_key_is_of_names_contents_version_place_and_processor(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = native._machine(native.host_arch())
+
+    def key(machine: native.Machine = machine) -> str:
+        return native._key(source, "executorch", machine)
+
+    keys = [key(), key()]
     assert keys[0] == keys[1]
     (source / "slot.cpp").write_text(SLOT + "// changed\n")
-    keys.append(native._key(source))
+    keys.append(key())
     (source / "slot.cpp").rename(source / "other.cpp")
-    keys.append(native._key(source))
-    monkeypatch.setattr(native.importlib.metadata, "version", lambda _: "1.0")
-    keys.append(native._key(source))
-    monkeypatch.setattr(native, "_sdk", lambda: Path("/elsewhere"))
-    keys.append(native._key(source))
+    keys.append(key())
+    shared = source.parents[1] / "runner"
+    shared.mkdir()
+    (shared / "fields.cpp").write_text("// what all runners share\n")
+    keys.append(key())
+    keys.append(key(native.Machine("aarch64", "aarch64-linux-gnu-g++", ("--toolchain", "x"))))
+    monkeypatch.setattr(native.metadata, "version", lambda _: "1.0")
+    keys.append(key())
+    monkeypatch.setattr(native, "_installed", lambda _: Path("/elsewhere"))
+    keys.append(key())
     assert len(set(keys[1:])) == len(keys) - 1
 
 
@@ -108,7 +120,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPa
 def refused(source: Path) -> str:
     """The line that a user gets; nothing is left behind."""
     with pytest.raises(DeviceError) as caught:
-        native.runner()
+        native.runner("executorch")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("host: ")
     assert cached(source) == []
     return str(caught.value)
@@ -144,7 +156,7 @@ def test_a_missing_cmake_is_said(source: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     line = refused(source)
-    assert "cmake: expected 3.28 or newer, found none" in line and "calora-export[executorch]" in line
+    assert "cmake: expected 3.28 or newer, found none" in line and "pip install" in line
 
 
 def test_a_missing_executorch_is_said(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

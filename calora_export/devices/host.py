@@ -66,10 +66,11 @@ def ask(program: Sequence[str], label: str, package: Package, job: Job) -> Trace
 def _program(address: str, package: Package) -> list[str]:
     if not address:
         return [sys.executable, "-m", __name__]
-    if address != "native" or package.manifest.target != "executorch":
+    target = package.manifest.target
+    if address != "native" or not native.has_runner(target):
         expected = "host, or host:native for a package of a target that has a native runner"
-        raise DeviceError(mismatch("--device", f"host:{address}", expected, package.manifest.target))
-    return [str(native.runner())]
+        raise DeviceError(mismatch("--device", f"host:{address}", expected, target))
+    return [str(native.runner(target))]
 
 
 def main(package_path: str, directory: str) -> int:
@@ -116,6 +117,7 @@ def work(package: Package, job: Job, open_session: Callable[[Package, int], Sess
         safety=safety,
         timing=timing,
         peak_rss=_peak_rss(),
+        emulated=_is_emulated(),
     )
     return Trace(facts, logits)
 
@@ -217,6 +219,18 @@ def _peak_rss() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _is_emulated() -> bool:
+    """Whether another processor's program (qemu-user) runs this one: what runs is not what this Python is for."""
+    running = Path("/proc/./self/exe")  # as /proc/self/exe, qemu-user shows its guest
+    return running.exists() and _processor(running) != _processor(Path(sys.executable))
+
+
+def _processor(program: Path) -> bytes:
+    """The field e_machine of an ELF file."""
+    with program.open("rb") as file:
+        return file.read(20)[18:]
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Runner:
     def __init__(self, rows: tuple[str, str, str], package: Path, adapters: tuple[str, str], threads: int, work: Path):
         self.rows = rows
         self.package, self.adapters, self.threads, self.work = package, adapters, threads, work
-        self.program = native.runner()  # compiled on first use
+        self.program = native.runner("executorch")  # compiled on first use
         work.mkdir(parents=True, exist_ok=True)
 
     def load(self) -> float:

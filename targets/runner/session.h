@@ -1,15 +1,14 @@
 // A loaded package. It holds one KV cache, which belongs to the mix that is active when it is filled.
+//
+// Each runner defines a Session of its runtime, and the three functions below: one program is one runtime.
 #pragma once
 
-#include "adapter.h"
 #include "package.h"
-#include "program.h"
 
 #include <cstdint>
 #include <filesystem>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +19,10 @@ using Tokens = std::vector<int64_t>;
 
 class Session {
  public:
-  Session(Package package, int64_t threads);
+  explicit Session(Package package) : package_(std::move(package)) {}
+  virtual ~Session() = default;
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
 
   const Package& package() const { return package_; }
   const Mix& mix() const { return mix_; }
@@ -41,19 +43,30 @@ class Session {
   std::vector<double> route(const Tokens& ids);
 
   /// Refuse an adapter file that must not run on this base.
-  void admit(const std::filesystem::path& path) const { Adapter::load(path, package_); }
+  virtual void admit(const std::filesystem::path& path) const = 0;
+
+ protected:
+  /// From the next run on, the adapters of this mix; no gate of it is 0.
+  virtual void activate(const Mix& mix) = 0;
+
+  /// Append `count` tokens to a cache that holds `position` of them; the last one's logits.
+  virtual const float* run(const int64_t* ids, size_t count, int64_t position) = 0;
+
+  /// Gates of the package's router, which is there.
+  virtual std::vector<double> gates(const Tokens& ids) = 0;
 
  private:
-  const Adapter& adapter(const std::string& id);
-
   Package package_;
-  std::unique_ptr<Program> model_, router_;
-  int64_t chunk_ = 0, length_ = 0;
-  Tokens fed_; // what the program reads stays here
-  int64_t position_ = 0;
-  std::map<std::string, Adapter> adapters_;
-  Rows rows_;
   Mix mix_;
+  int64_t length_ = 0;
 };
+
+/// The target whose packages this program runs: `onnx` or `executorch`.
+extern const char* const target;
+
+/// Before anything else.
+void start_runtime();
+
+std::unique_ptr<Session> open_session(const std::filesystem::path& package, int64_t threads);
 
 } // namespace calora

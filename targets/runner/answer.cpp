@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "error.h"
 #include "job.h"
+#include "machine.h"
 #include "measuring.h"
 
 #include <nlohmann/json.hpp>
@@ -71,20 +72,13 @@ Json check_safety(Session& session, const Safety& safety) {
           {"refused", refuses(session, safety.forged)}};
 }
 
-/// Bytes; 0 where the system does not say.
-int64_t peak_rss() {
-  std::ifstream status("/proc/self/status");
-  for (std::string word; status >> word;)
-    if (int64_t kibibytes = 0; word == "VmHWM:" && status >> kibibytes) return kibibytes * 1024;
-  return 0;
-}
-
 } // namespace
 
 void answer(const std::filesystem::path& package, const std::filesystem::path& directory) {
   const Job job = Job::read(directory / "job.json");
   const Stopwatch watch;
-  Session session(Package::load(package), job.threads);
+  const std::unique_ptr<Session> opened = open_session(package, job.threads);
+  Session& session = *opened;
   const double load = watch.milliseconds();
 
   std::ofstream logits(directory / "logits.bin", std::ios::binary);
@@ -102,13 +96,14 @@ void answer(const std::filesystem::path& package, const std::filesystem::path& d
       {"device", system.nodename},
       {"arch", system.machine},
       {"os", std::string(system.sysname) + " " + system.release},
-      {"runtime", "executorch"},
+      {"runtime", target},
       {"vocab", session.package().vocab},
       {"gates", gates},
       {"completions", completions},
       {"safety", safety},
       {"timing", timing},
       {"peak_rss", peak_rss()},
+      {"emulated", emulated()},
   };
   std::ofstream file(directory / "trace.json", std::ios::binary);
   if (!(file << trace.dump() << '\n').flush()) throw Error("trace.json: cannot be written");

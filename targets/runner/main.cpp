@@ -2,7 +2,6 @@
 // calora_runner PACKAGE --prompt-ids 1,2,3 [--mix a=0.7,b=0.3] [--tokens 20] [--threads 2]      generates, prints ids
 #include "answer.h"
 #include "error.h"
-#include "program.h"
 #include "session.h"
 
 #include <algorithm>
@@ -72,7 +71,8 @@ Options parse(int count, char** arguments) {
 }
 
 void generate(const std::filesystem::path& package, const Options& options) {
-  Session session(Package::load(package), options.threads);
+  const std::unique_ptr<Session> opened = open_session(package, options.threads);
+  Session& session = *opened;
   session.select(options.mix);
   const Tokens& ends = session.package().ends;
   Tokens fed = options.prompt;
@@ -97,7 +97,7 @@ void run(int count, char** arguments) {
 
 int main(int count, char** arguments) {
   try {
-    calora::capture_runtime_messages();
+    calora::start_runtime();
     calora::run(count, arguments);
     return 0;
   } catch (const std::exception& error) {
