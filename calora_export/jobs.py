@@ -88,7 +88,7 @@ class TimingTrace(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     """trace.json. peak_rss is in bytes, of the process that ran the job. peaks: operator → its largest |value|, in the
-    order in which they run, from a runtime that sees them."""
+    order in which they run, from a runtime that sees them. emulated: the times mean nothing."""
 
     device: str
     arch: str
@@ -101,6 +101,7 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     timing: TimingTrace | None
     peak_rss: int
     peaks: dict[str, float] | None = None
+    emulated: bool = False
 
 
 @dataclass(frozen=True)

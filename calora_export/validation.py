@@ -208,7 +208,7 @@ def _report(
             kind=msgspec.convert(kind, report.DeviceKind),
             arch=answer.arch,
             os=answer.os,
-            emulated=False,
+            emulated=answer.emulated,
         ),
         parity=parity_rows,
         safety=safety,

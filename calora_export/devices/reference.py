@@ -33,7 +33,7 @@ def answer(package: Package, job: Job) -> Trace:
     engines = Reference(job.threads)
     trace = host.work(package, job, lambda package, _: CoremlSession(package, engines))
     peaks = engines.peaks[package.manifest.model.file]
-    return replace(trace, answer=msgspec.structs.replace(trace.answer, runtime="reference", peaks=peaks))
+    return replace(trace, answer=msgspec.structs.replace(trace.answer, runtime="reference", peaks=peaks, emulated=True))
 
 
 if __name__ == "__main__":
