@@ -285,6 +285,12 @@ def _gather(dims: Dims, inputs: Given) -> Dims | None:
     return (*x[:at], *_shape(inputs, "indices"), *x[at + 1 :])
 
 
+def _tile(dims: Dims, inputs: Given) -> Dims:
+    x = _shape(inputs, "x")
+    repeated = zip(x, _numbers(inputs, "reps", len(x)), strict=True)
+    return tuple(None if times is None else size * times for size, times in repeated)
+
+
 def _concat(dims: Dims, inputs: Given) -> Dims | None:
     columns = zip(*(value.bound for value in inputs["values"]), strict=True)
     at = _axis(inputs, len(dims))
@@ -305,6 +311,7 @@ _RULES: Mapping[str, Callable[[Dims, Given], Dims | None]] = {
     "scaled_dot_product_attention": _attention,
     "gather": _gather,
     "concat": _concat,
+    "tile": _tile,
 }
 
 

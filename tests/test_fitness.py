@@ -6,16 +6,20 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from calora_export import fitness, mil_program, mlpackage, neural_engine, profiles
+from calora_export import fitness, inspection, mil_program, mlpackage, neural_engine, pipeline, profiles
 from calora_export.errors import PackageError, UnsupportedError
 from calora_export.fitness import Fitness
 from calora_export.profiles import Profile
+from tests.bundles import HEADS, HIDDEN, KV_HEADS, LAYERS
 
 MB = 2**20
 
@@ -104,6 +108,20 @@ def test_an_operator_without_a_rule_gets_the_longest_length() -> None:
     assert mil_program._bound("range_1d", (None,), {"end": (unknown,)}, 99) == (99,)
     assert mil_program._bound("reshape", (None, None), {"x": (unknown,)}, 99) == (7, 7)
     assert mil_program._bound("slice_by_index", (None, 3), {"x": (unknown,)}, 99) == (7, 3)
+
+
+def test_a_slice_is_cut_where_its_ends_are_constant() -> None:
+    def ints(*numbers: int | None) -> tuple[mil_program.Value, ...]:
+        return (mil_program.Value("", "int32", (len(numbers),), (len(numbers),), "const", numbers),)
+
+    x = (mil_program.Value("x", "float16", (30, None), (30, 50), "input"),)
+
+    def bound(**ends: tuple[mil_program.Value, ...]) -> tuple[int, ...]:
+        return mil_program._bound("slice_by_index", (None, None), {"x": x, **ends}, 99)
+
+    assert bound(begin=ints(4, None), end=ints(5, 7)) == (1, 50)
+    assert bound(begin=ints(0, 10), end=ints(7, 20), end_mask=ints(1, 0)) == (30, 10)
+    assert bound(begin=ints(0, 0), end=ints(-1, 0)) == (30, 50)
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,6 +263,77 @@ def test_every_apple_profile_is_compared(made: Path) -> None:
     devices = fitness.by_device({"model.mlpackage": look(made, "decoder")})
     assert {"iphone-15-pro", "iphone-16", "ipad-air-m2", "ipad-pro-m4", "mac-m1", "mac-m4"} <= set(devices)
     assert "host" not in devices and not any(devices.values())
+
+
+# ── a real export ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def longest(function: mil_program.Function) -> dict[str, np.ndarray]:
+    return {given.name: np.zeros(given.bound, given.dtype) for given in function.inputs}
+
+
+def executed_shapes(path: Path, function: mil_program.Function) -> dict[str, tuple[int, ...]]:
+    """What every operator gives when the reference runtime runs the longest call."""
+    from calora_export import mil
+
+    seen: dict[str, tuple[int, ...]] = {}
+    loaded = mil.load(path).functions[function.name]
+
+    def watched(step: Any) -> Any:
+        def run(*values: Any) -> Any:
+            result = step.run(*values)
+            parts = result if isinstance(result, tuple) else (result,)
+            seen.update((name, tuple(part.shape)) for name, part in zip(step.names, parts, strict=True))
+            return result
+
+        return replace(step, run=run)
+
+    code = replace(loaded.code, steps=tuple(map(watched, loaded.code.steps)))
+    replace(loaded, code=code).run(longest(function), loaded.state())
+    return seen
+
+
+@pytest.mark.parametrize("name", ["model.mlpackage", "router.mlpackage"])
+def test_what_runs_is_as_large_as_its_bound(exported: Callable[[str], Path], name: str) -> None:
+    path = exported("coreml-int4") / name
+    [function] = mil_program.read(path)[1]
+    bounds = {value.name: value for entry in function.operations for value in entry.outputs}
+    shapes = executed_shapes(path, function)
+    flexible = [name for name in shapes if None in bounds[name].dims]
+    assert len(flexible) > 3
+    assert {name: bounds[name].bound for name in shapes} == shapes
+
+
+def test_an_export_shows_its_fitness(exported: Callable[[str], Path]) -> None:
+    path = exported("coreml-int4")
+    view = inspection.inspect(path)
+    assert isinstance(view, inspection.PackageView) and view.coreml is not None and view.router is not None
+    assert view.coreml.parts == {name: fitness.read(path / name) for name in ("model.mlpackage", "router.mlpackage")}
+    assert view.coreml.devices["iphone-15-pro"] == []
+    stored = [file.stat().st_size for file in (path / "router.mlpackage").rglob("*") if file.is_file()]
+    assert view.router.bytes == sum(stored)
+    assert view.coreml.parts["model.mlpackage"].states == 2 * LAYERS * KV_HEADS * 256 * (HIDDEN // HEADS) * 2
+
+
+def test_other_targets_have_no_fitness(package: Path) -> None:
+    view = inspection.inspect(package)
+    assert isinstance(view, inspection.PackageView) and view.coreml is None
+
+
+def test_a_saved_package_that_does_not_suit_replaces_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle alone would fit: activations and inputs are known only from the saved file."""
+    out = tmp_path / "package"
+    out.mkdir()
+    limited = phone(memory_mb=1)
+    monkeypatch.setattr(profiles, "load", lambda name: limited)
+    profiles.check("phone", tiny, "coreml-int4")
+    with pytest.raises(
+        UnsupportedError, match=r"^phone: memory_mb: expected at most 1 MB, found .* \(weights .*activations"
+    ):
+        pipeline.export(tiny, out, "coreml-int4", device="phone")
+    assert list(out.iterdir()) == [] and [path.name for path in tmp_path.iterdir()] == ["package"]
 
 
 # ── wrong packages, and time ──────────────────────────────────────────────────────────────────────────────────────────
