@@ -355,7 +355,7 @@ def tile(given: Given) -> Kernel:
 def reverse(given: Given) -> Kernel:
     """The order along some axes (or all) turned round."""
     axes = given.ints("axes")
-    return _moving(lambda x: x.flip(range(x.dim()) if axes is None else axes), "x")
+    return _moving(lambda x: x.flip(axes or tuple(range(x.dim()))), "x")
 
 
 def band_part(given: Given) -> Kernel:
