@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from calora_export.weights import Weights
 PREFILL, DECODE = 32, 32
 ROUTES = 50
 EXAMPLES = 200
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 FORGED = "sha256:" + "0" * 64
 
 
@@ -57,7 +60,7 @@ def validate(package: Package, bundle: Bundle, device: str, progress: Callable[[
     with tempfile.TemporaryDirectory(prefix="calora-validate-") as scratch:
         job = _job(package, bundle, reference, Path(scratch))
         progress(f"running on {device}")
-        trace = devices.run(device, package, job)
+        trace = devices.run(device, package, job, progress)
     progress("comparing")
     return _report(package, bundle, reference, job, trace, device, altered)
 
@@ -86,14 +89,16 @@ def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) 
     ids = golden.stream(bundle, min(PREFILL + DECODE, package.manifest.model.context))
     prefill = len(ids) - DECODE
     shipped = list(reference.adapters)
+    mixable = package.manifest.settings.adapter_inputs != "functions"
     mixes: dict[str, dict[str, float]] = {"base": {}} | {f"adapter:{i}": {i: 1.0} for i in shipped}
-    if len(shipped) > 1:
+    if len(shipped) > 1 and mixable:
         mixes[f"mix:{shipped[0]}+{shipped[1]}"] = {shipped[0]: 0.6, shipped[1]: 0.4}
     texts = _router_texts(bundle)
     if reference.router is not None and reference.text is not None:
         for text in texts[:3]:
             gates = _gates(reference.router, reference.text.ids(text))
             mix = {name: float(gate) for name, gate in zip(_classes(bundle), gates, strict=True) if gate > 0}
+            mix = mix if mixable else {max(mix, key=lambda name: mix[name]): 1.0}
             mixes.setdefault(f"route:{'+'.join(mix)}", mix)
     entry = package.manifest.router
     asked = RouterText(entry.spec, package.path / entry.tokenizer) if entry and reference.router else None
@@ -140,7 +145,13 @@ def _examples(bundle: Bundle, reference: Reference) -> list[tuple[str, str, str]
 
 
 def _router_texts(bundle: Bundle) -> list[str]:
-    """At least ROUTES texts: prompts of every task in turn, and pairs of them when those are too few."""
+    """At least ROUTES texts: prompts of every task in turn, and pairs of them when those are too few.
+
+    A task_id router reads names of tasks: all that it knows.
+    """
+    spec = bundle.manifest.router
+    if spec is not None and (names := RouterText(spec, bundle.path / "router" / "tokenizer.json").tasks):
+        return list(names)
     tasks = list(golden.examples(bundle).values())
     each = max(1, -(-ROUTES // max(len(tasks), 1)))
     texts = [pairs[turn][0] for turn in range(each) for pairs in tasks if turn < len(pairs)]
@@ -191,6 +202,12 @@ def _report(
         problems.append("router: the device chose other adapters than the reference")
     if router is not None and not (router.gates_max_abs or 0.0) <= settings.gates_max_abs:
         problems.append(f"router: gates_max_abs {router.gates_max_abs:.3g} is above {settings.gates_max_abs:.3g}")
+    activations = _layers(answer.peaks)
+    problems += [
+        f"activations: {layer} reaches {peak:.4g}, float16 ends at {FLOAT16_MAX:.0f}"
+        for layer, peak in activations.items()
+        if not peak <= FLOAT16_MAX
+    ]
     ends, quantised = set(package.manifest.model.eos), package.manifest.quantised
     tasks = _judge_tasks(bundle, reference, answer, ends, settings.task_points, quantised=quantised)
     problems += [
@@ -215,6 +232,7 @@ def _report(
         router=router,
         tasks=tasks,
         latency=latency.summarise(job, answer),
+        activations=activations,
         problems=tuple(problems),
         versions=package.manifest.versions,
         recipe=package.manifest.recipe,
@@ -228,6 +246,18 @@ def _report(
         swap_ms=timing.swap if timing else (),
     )
     return made, series
+
+
+def _layers(peaks: Mapping[str, float] | None) -> dict[str, float]:
+    """The largest |value| of each layer, in the order in which they run: an operator without a layer's number in its name
+    belongs to the layer before it."""
+    found: dict[str, float] = {}
+    layer = "embedding"
+    for operator, peak in (peaks or {}).items():
+        named = re.search(r"(?:^|_)layers_(\d+)_", operator)
+        layer = f"layer {named[1]}" if named else "head" if operator.startswith(("lm_head", "logits")) else layer
+        found[layer] = float(np.fmax(found.get(layer, 0.0), peak)) if np.isfinite(peak) else math.inf
+    return found
 
 
 def _limits(package: Package) -> dict[str, Tolerance]:

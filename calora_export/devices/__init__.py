@@ -1,30 +1,40 @@
 """Where a package is run: one module per transport. A device only sees a Package.
 
+adb         a phone, by Android's debug bridge, with the native runner
 host        this machine, in a process of its own without torch
 reference   this machine, for Core ML: the saved file, operator by operator
+ssh         a board or another machine, with the native runner
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Protocol
 
 from calora_export.errors import DeviceError, mismatch
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
 
+Progress = Callable[[str], None]
+"""Told what is going on, for people."""
+
+
+def silent(text: str) -> None:
+    """Nobody is told."""
+
 
 class Device(Protocol):
     """What every transport offers."""
 
-    def run(self, address: str, package: Package, job: Job) -> Trace:
+    def run(self, address: str, package: Package, job: Job, progress: Progress = silent) -> Trace:
         """Run a job; address is what follows the colon in `--device kind:address`."""
         ...
 
 
 def names() -> tuple[str, ...]:
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
 def require(device: str) -> None:
@@ -33,9 +43,9 @@ def require(device: str) -> None:
         raise DeviceError(mismatch("--device", device, f"one of {', '.join(names())}", "none of them"))
 
 
-def run(device: str, package: Package, job: Job) -> Trace:
+def run(device: str, package: Package, job: Job, progress: Progress = silent) -> Trace:
     """Run a job on `kind` or `kind:address`."""
     require(device)
     kind, _, address = device.partition(":")
     transport: Device = importlib.import_module(f"{__name__}.{kind}")  # type: ignore[assignment]
-    return transport.run(address, package, job)
+    return transport.run(address, package, job, progress)

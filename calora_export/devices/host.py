@@ -20,6 +20,7 @@ import numpy as np
 
 from calora_export import native, runtimes
 from calora_export import package as packages
+from calora_export.devices import Progress, silent
 from calora_export.errors import CaloraError, DeviceError, mismatch
 from calora_export.jobs import (
     Answer,
@@ -42,7 +43,7 @@ from calora_export.runtimes import Session
 LIMIT_S = 3600
 
 
-def run(address: str, package: Package, job: Job) -> Trace:
+def run(address: str, package: Package, job: Job, progress: Progress = silent) -> Trace:
     """Run the job in a child process; its one-line errors come back as DeviceError."""
     return ask(_program(address, package), "host", package, job)
 

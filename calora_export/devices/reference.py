@@ -11,13 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from calora_export.devices import host
+from calora_export.devices import Progress, host, silent
 from calora_export.errors import DeviceError, mismatch
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
 
 
-def run(address: str, package: Package, job: Job) -> Trace:
+def run(address: str, package: Package, job: Job, progress: Progress = silent) -> Trace:
     """Run the job in a child process; its one-line errors come back as DeviceError."""
     if package.manifest.target != "coreml" or address:
         expected = "reference, for a Core ML package"
@@ -30,7 +30,7 @@ def answer(package: Package, job: Job) -> Trace:
     from calora_export.coreml_engines import Reference
     from calora_export.runtimes.coreml import CoremlSession
 
-    engines = Reference(job.threads)
+    engines = Reference()
     trace = host.work(package, job, lambda package, _: CoremlSession(package, engines))
     peaks = engines.peaks[package.manifest.model.file]
     return replace(trace, answer=msgspec.structs.replace(trace.answer, runtime="reference", peaks=peaks, emulated=True))
