@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from calora_export import formats, profiles, recipe, targets
 
 Row = dict[str, str]
@@ -68,15 +70,29 @@ def _routers() -> list[Row]:
 
 
 def _formats() -> list[Row]:
+    """What each target's recipes make of each scheme. Recipes that make the same share a row, and so do all schemes of
+    a recipe that holds every one exactly in one form.
+    """
+    cells = formats.matrix()
+    forms: dict[str, set[tuple[str, str]]] = {}
+    for cell in cells:
+        forms.setdefault(cell.recipe, set()).add((cell.outcome, cell.held_as))
+    whole = {name for name, found in forms.items() if len(found) == 1 and found <= {("exact", "fp32")}}
+    alike: dict[formats.Cell, list[str]] = {}
+    for cell in cells:
+        scheme = "every scheme" if cell.recipe in whole else cell.scheme
+        names = alike.setdefault(msgspec.structs.replace(cell, scheme=scheme, recipe=""), [])
+        names.extend({cell.recipe}.difference(names))
     return [
         {
             "stored as": cell.scheme,
             "target": cell.target,
-            "recipe": cell.recipe,
+            "recipes": ", ".join(names),
             "outcome": cell.outcome,
             "held as": cell.held_as,
+            "keeps, or instead": cell.note,
         }
-        for cell in formats.matrix()
+        for cell, names in alike.items()
     ]
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 BITS = (4, 8)
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32,
+)  # fmt: skip
+"""The codebook of 4-bit NormalFloat (arXiv 2305.14314, appendix E)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,31 @@ class PackedWeight:
             groups = groups - self.zero.astype(np.float32)[:, :, None]
         made = (groups * self.scale.astype(np.float32)[:, :, None]).reshape(rows, columns)
         return made if self.order is None else made[:, np.argsort(self.order)]
+
+
+def describe(weight: DenseWeight | PackedWeight) -> str:
+    """A weight's form in words: `int4 in groups of 32 with zero points and float16 scales`."""
+    if isinstance(weight, DenseWeight):
+        return str(weight.values.dtype)
+    kind = f"{'int' if weight.codebook is None else 'nf'}{weight.bits}"
+    groups = "rows" if weight.scale.shape[1] == 1 else f"groups of {weight.group_size}"
+    more = {"zero points": weight.zero, "an activation order": weight.order}
+    parts = [name for name, part in more.items() if part is not None]
+    return f"{kind} in {groups} with {' and '.join([*parts, f'{weight.scale.dtype} scales'])}"
+
+
+def form(weight: DenseWeight | PackedWeight) -> str:
+    """A weight's form in short: `int4/32`, a group of 0 being a row; `uint` has zero points, `nf` a codebook."""
+    if isinstance(weight, DenseWeight):
+        return "float"
+    kind = "int" if weight.codebook is None and weight.zero is None else "uint" if weight.codebook is None else "nf"
+    return f"{kind}{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}"
+
+
+def sqnr(original: np.ndarray, made: np.ndarray) -> float:
+    """Signal to quantisation noise in dB, of float32 arrays of one shape."""
+    noise = float(np.square(original - made).sum())
+    return 10 * math.log10(max(float(np.square(original).sum()), 1e-30) / max(noise, 1e-30))
 
 
 @dataclass(frozen=True)

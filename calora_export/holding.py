@@ -7,15 +7,26 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from calora_export.compression import PackedWeight, quantize_symmetric
+from calora_export.compression import NF4, PackedWeight, quantize_symmetric
 from calora_export.errors import UnsupportedError, mismatch
+
+EXACT = {"onnx": "onnx-fp32", "executorch": "executorch-fp32", "coreml": "coreml-fp16", "torch": "torch-fp32"}
+"""The recipe of each target that holds every weight as floats."""
 
 
 def hold(target: str, module: str, weight: PackedWeight) -> PackedWeight:
     """The weight as a target holds it: itself where a kernel reads it, else the same numbers in another form, else the
     nearest ones. UnsupportedError when there is no such kernel at all.
     """
-    return {"onnx": _onnx, "executorch": _xnnpack, "coreml": _coreml, "torch": _any}[target](module, weight)
+    kernels = {"onnx": _onnx, "executorch": _xnnpack, "coreml": _coreml, "torch": _any}
+    return kernels[target](module, _in_order(weight))
+
+
+def _in_order(weight: PackedWeight) -> PackedWeight:
+    """One scale a row needs no order of columns."""
+    if weight.order is None or weight.scale.shape[1] > 1:
+        return weight
+    return replace(weight, q=weight.q[:, np.argsort(weight.order)], order=None)
 
 
 def _any(_module: str, weight: PackedWeight) -> PackedWeight:
@@ -23,30 +34,34 @@ def _any(_module: str, weight: PackedWeight) -> PackedWeight:
 
 
 def _onnx(module: str, weight: PackedWeight) -> PackedWeight:
-    """MatMulNBits: groups of 16 to 128, a power of two. The scale of a longer group is repeated."""
-    _require_plain(module, weight, "use onnx-fp32")
+    """MatMulNBits, or MatMulBnb4 for NF4: groups of 16 to 128, a power of two. Scale and zero point of a longer group
+    are repeated.
+    """
+    if weight.codebook is not None and not np.array_equal(weight.codebook, NF4):
+        raise UnsupportedError(mismatch(module, "codebook", "that of NF4", "another one", f"use {EXACT['onnx']}"))
     size = min(weight.group_size & -weight.group_size, 128)
     if size < 16:
-        expected = "a group size that a power of two from 16 divides"
-        raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, "use onnx-fp32"))
+        expected, hint = "a group size that a power of two from 16 divides", f"use {EXACT['onnx']}"
+        raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, hint))
     if size == weight.group_size:
         return weight
-    scale = weight.scale.repeat(weight.group_size // size, axis=1)
-    return PackedWeight(weight.q, scale, weight.bits, size)
+    times = weight.group_size // size
+    zero = None if weight.zero is None else weight.zero.repeat(times, axis=1)
+    return replace(weight, scale=weight.scale.repeat(times, axis=1), zero=zero, group_size=size)
 
 
 def _xnnpack(module: str, weight: PackedWeight) -> PackedWeight:
-    """XNNPACK: one fp32 scale a row; or, for 4 bits, groups of a multiple of 32 with bf16 scales. 8 bits in groups
-    become 8 bits in rows.
+    """XNNPACK: one fp32 scale a row; or, for 4 bits, groups of a multiple of 32 with bf16 scales. It has no zero points
+    of ours, no codebooks and no orders: such weights, and 8 bits in groups, become 8 bits in rows.
     """
-    _require_plain(module, weight, "use executorch-fp32")
-    if weight.scale.shape[1] == 1:
+    symmetric = weight.zero is None and weight.codebook is None
+    if symmetric and weight.scale.shape[1] == 1:
         return weight
-    if weight.bits == 8:
+    if not symmetric or weight.order is not None or weight.bits == 8:
         return quantize_symmetric(weight.dequantize(), 8, weight.shape[1], scales=np.float32)
     if weight.group_size % 32:
-        expected = "a multiple of 32"
-        raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, "use executorch-fp32"))
+        expected, hint = "a multiple of 32", f"use {EXACT['executorch']}"
+        raise UnsupportedError(mismatch(module, "group_size", expected, weight.group_size, hint))
     wide = weight.scale.astype(np.float32)
     rounded = wide.astype(ml_dtypes.bfloat16)
     return weight if np.array_equal(rounded.astype(np.float32), wide) else replace(weight, scale=rounded)
@@ -57,7 +72,8 @@ def _coreml(module: str, weight: PackedWeight) -> PackedWeight:
     of any size; scales and codebooks in fp16, to which others are rounded. No operator reorders the input.
     """
     if weight.order is not None:
-        raise UnsupportedError(mismatch(module, "weight", "columns in order", _form(weight), "use coreml-fp16"))
+        hint = f"use {EXACT['coreml']}"
+        raise UnsupportedError(mismatch(module, "weight", "columns in order", "an activation order", hint))
     scale, codebook = (_half(module, part) for part in (weight.scale, weight.codebook))
     if scale is weight.scale and codebook is weight.codebook:
         return weight
@@ -75,14 +91,3 @@ def _half(module: str, array: np.ndarray | None) -> np.ndarray | None:
         largest = float(np.abs(array.astype(np.float32)).max())
         raise UnsupportedError(mismatch(module, "weight_scale", "at most 65504, which fp16 holds", largest))
     return array if np.array_equal(rounded, array.astype(np.float32)) else rounded.astype(array.dtype)
-
-
-def _require_plain(module: str, weight: PackedWeight, hint: str) -> None:
-    if found := _form(weight):
-        raise UnsupportedError(mismatch(module, "weight", "symmetric groups in column order", found, hint))
-
-
-def _form(weight: PackedWeight) -> str:
-    """What of a weight is more than symmetric groups in column order."""
-    parts = {"zero points": weight.zero, "a codebook": weight.codebook, "an activation order": weight.order}
-    return " and ".join(name for name, part in parts.items() if part is not None)

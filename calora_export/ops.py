@@ -83,7 +83,7 @@ def linears(
     forms = zip(weights, scales, biases, zeros, codebooks, orders, strict=True)
     for weight, scale, bias, zero, codebook, order in forms:
         seen = x if order is None else x[..., order]
-        if scale.numel():
+        if scale.numel() and codebook is None:  # kernels that look values up read x as it is
             seen = round_activations(seen, activations, x.shape[-1] // scale.shape[1])
         ys.append(F.linear(seen, dequantize(weight, scale, zero, codebook), bias if bias.numel() else None))
     for index, down, up in zip(slotted, downs, ups, strict=True):

@@ -55,6 +55,7 @@ def export(
         profiles.check(device, bundle_path, recipe_name)
     progress("reading the bundle")
     bundle = bundles.load(bundle_path, deep=True)
+    Weights(bundle, recipe).check()
     special = tokens.special_tokens(bundle)
     adapters = [rows.load_adapter(bundle, spec.id) for spec in bundle.manifest.adapters]
     with packages.written(out, packages.FILE) as directory:

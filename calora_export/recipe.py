@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from calora_export import holding, resources
-from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
+from calora_export.compression import DenseWeight, PackedWeight, describe, form, quantize_symmetric, sqnr
 from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
 Weight = DenseWeight | PackedWeight
@@ -26,12 +26,14 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     fp32 and fp16 hold every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the
     target's kernels do (`holding`), and quantise dense ones (symmetric, round to nearest) in groups, or rows where
-    group_size is 0. The package and the report say what is not exactly as the bundle has it.
+    group_size is 0. lossy: a packed weight that no kernel of the target reads as it is, refused, or held as the nearest
+    that one reads. The package and the report say what is not exactly as the bundle has it.
     """
 
     modules: str
     scheme: Literal["fp32", "fp16", "int8", "int4"]
     group_size: Annotated[int, Meta(ge=0)] = 32
+    lossy: Literal["refuse", "allow"] = "refuse"
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,7 +111,10 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
         return Representation(DenseWeight(dense), True) if rule.scheme == "fp32" else _half(module, dense)
     if isinstance(weight, PackedWeight):
         held = holding.hold(recipe.target, module, weight)
-        return Representation(held, held is weight or _equal(held, weight))
+        exact = held is weight or _equal(held, weight)
+        if not exact and rule.lossy == "refuse":
+            _refuse(recipe.target, module, weight, held)
+        return Representation(held, exact)
     columns = weight.values.shape[1]
     group = rule.group_size or columns
     if columns % group:
@@ -128,6 +133,12 @@ def _half(module: str, dense: np.ndarray) -> Representation:
         largest = float(np.abs(dense.astype(np.float32)).max())
         raise UnsupportedError(mismatch(module, "weight", "at most 65504, which fp16 holds", largest))
     return Representation(DenseWeight(half), bool((half.astype(np.float32) == dense.astype(np.float32)).all()))
+
+
+def _refuse(target: str, module: str, weight: PackedWeight, held: PackedWeight) -> NoReturn:
+    kept = sqnr(weight.dequantize(), held.dequantize())
+    hint = f'use {holding.EXACT[target]}, or lossy = "allow": {form(held)} at {kept:.1f} dB'
+    raise UnsupportedError(mismatch(module, "weight", f"what a kernel of {target} reads", describe(weight), hint))
 
 
 def _equal(a: PackedWeight, b: PackedWeight) -> bool:

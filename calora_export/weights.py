@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from calora_export import compression
 from calora_export import recipe as recipes
 from calora_export.bundle import Bundle
 from calora_export.compression import DenseWeight, PackedWeight
@@ -26,17 +25,16 @@ class Weights:
         made = recipes.represent(self.recipe, module, stored)
         if not made.exact:
             original = stored.dequantize()
-            noise = float(np.square(original - made.weight.dequantize()).sum())
-            sqnr = 10 * np.log10(max(float(np.square(original).sum()), 1e-30) / max(noise, 1e-30))
-            forms = _form(stored), _form(made.weight)
-            self.represented[module] = Represented(module, *forms, round(float(sqnr), 2))
+            forms = compression.form(stored), compression.form(made.weight)
+            kept = compression.sqnr(original, made.weight.dequantize())
+            self.represented[module] = Represented(module, *forms, round(kept, 2))
         return made.weight
 
-
-def _form(weight: DenseWeight | PackedWeight) -> str:
-    if isinstance(weight, DenseWeight):
-        return "float"
-    if weight.codebook is not None:
-        return f"nf{weight.bits}/{weight.group_size}"
-    kind = "int" if weight.zero is None else "uint"
-    return f"{kind}{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}"
+    def check(self) -> None:
+        """Refuse what the recipe cannot hold before anything slow: one weight of each form that the base has."""
+        first: dict[tuple[object, ...], str] = {}
+        for module, stored in self.bundle.weights.formats.items():
+            rule = self.recipe.rule(module)
+            first.setdefault((stored.scheme, stored.group_size, stored.symmetric, rule), module)
+        for module in first.values():
+            recipes.represent(self.recipe, module, self.bundle.weight(module))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 import calora_export
 from calora_export import catalogue, formats, recipe, resources
-from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric
+from calora_export.compression import DenseWeight, PackedWeight
+from calora_export.errors import UnsupportedError
 
 LISTS = ("targets", "recipes", "devices", "adapters", "routers", "formats")
 
@@ -43,30 +46,78 @@ def test_recipes_and_devices_are_the_files() -> None:
 def test_every_scheme_meets_every_recipe() -> None:
     cells = formats.matrix()
     schemes = {cell.scheme for cell in cells}
-    assert len(schemes) == 6
+    assert schemes == set(formats.samples()) and len(schemes) == 12
     assert {(cell.scheme, cell.recipe) for cell in cells} == {(s, r) for s in schemes for r in recipe.catalogue()}
-    assert len(cells) == 6 * len(recipe.catalogue())
+    assert len(cells) == 12 * len(recipe.catalogue())
 
 
 def test_what_each_target_holds_exactly() -> None:
     outcomes = {(cell.scheme, cell.recipe): cell.outcome for cell in formats.matrix()}
-    packed = {scheme for scheme, _ in outcomes if scheme.startswith("int")}
+    packed = {scheme for scheme, _ in outcomes if scheme.startswith(("int", "nf"))}
     assert {outcomes[scheme, "onnx-int4"] for scheme in packed} == {"exact"}
     assert outcomes["fp32, fp16, bf16", "onnx-fp32"] == "exact"
     assert outcomes["fp32, fp16, bf16", "onnx-int4"] == "re-represented"
-    inexact = {scheme for scheme in packed if outcomes[scheme, "executorch-8da4w"] != "exact"}
-    assert inexact == {"int8, groups of 32", "int4, fp16 scales"}  # XNNPACK: bf16 scales, int8 only by rows
+    exact = {scheme for scheme in packed if outcomes[scheme, "executorch-8da4w"] == "exact"}
+    assert exact == {"int8, rows", "int4, rows", "int4, groups"}  # XNNPACK: bf16 scales, int8 only by rows
+    assert {outcomes[scheme, "executorch-8da4w"] for scheme in packed - exact} == {"refused"}
+    allowed = {scheme for scheme in packed - exact if outcomes[scheme, "executorch-8da8w"] == "re-represented"}
+    assert packed - exact - allowed == {"int4, groups of 16"}
+    assert {scheme for scheme in packed if outcomes[scheme, "coreml-int4"] != "exact"} == {
+        "nf4, blocks of 64",  # a codebook in fp16
+        "int4, groups, act-order",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(recipe.catalogue()))
-@pytest.mark.parametrize("bits", [0, 4, 8])
-def test_exact_means_the_same_numbers(name: str, bits: int) -> None:
+@pytest.mark.parametrize("scheme", formats.samples())
+def test_exact_means_the_same_numbers(name: str, scheme: str) -> None:
     """Dequantised by hand, not by the code under test."""
-    dense = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    stored: DenseWeight | PackedWeight = DenseWeight(dense)
-    if bits:
-        stored = quantize_symmetric(dense, bits, 32)
-        dense = (stored.q.reshape(4, 2, 32) * np.asarray(stored.scale, np.float32)[..., None]).reshape(4, 64)
-    made = recipe.represent(recipe.load(name), "model.layers.0.mlp.up_proj", stored)
-    held = made.weight.dequantize() if isinstance(made.weight, PackedWeight) else made.weight.values
-    assert made.exact == bool((held == dense).all())
+    stored = formats.samples()[scheme]
+    expected = by_hand(stored)
+    cell = next(cell for cell in formats.matrix() if (cell.scheme, cell.recipe) == (scheme, name))
+    if cell.outcome == "refused":
+        with pytest.raises(UnsupportedError):
+            recipe.represent(recipe.load(name), formats.SITE, stored)
+        return
+    made = recipe.represent(recipe.load(name), formats.SITE, stored)
+    assert made.exact == (cell.outcome == "exact") == bool((by_hand(made.weight) == expected).all())
+
+
+def by_hand(weight: DenseWeight | PackedWeight) -> np.ndarray:
+    if isinstance(weight, DenseWeight):
+        return weight.values.astype(np.float32)
+    dense = np.empty(weight.shape, np.float32)
+    for column in range(weight.shape[1]):
+        group = column // weight.group_size
+        q = weight.q[:, column]
+        numbers = q.astype(np.float32) if weight.codebook is None else weight.codebook[q]
+        if weight.zero is not None:
+            numbers = numbers - weight.zero[:, group]
+        place = column if weight.order is None else weight.order[column]
+        dense[:, place] = numbers * weight.scale[:, group].astype(np.float32)
+    return dense
+
+
+@pytest.mark.parametrize("name", sorted(recipe.catalogue()))
+@pytest.mark.parametrize("scheme", formats.samples())
+def test_zeros_stay_zero_however_a_target_holds_them(name: str, scheme: str) -> None:
+    """Pruning survives what a recipe does to weights, zero points included."""
+    stored = formats.samples()[scheme]
+    if isinstance(stored, PackedWeight):
+        q, per_group = stored.q.copy(), stored.group_size
+        nothing = np.zeros_like(stored.scale, np.int8) if stored.zero is None else stored.zero
+        if stored.codebook is not None:
+            nothing = np.full_like(nothing, int(np.flatnonzero(stored.codebook == 0)[0]))
+        q[:, 2::4] = nothing.repeat(per_group, axis=1)[:, 2::4]
+        stored = replace(stored, q=q)
+    else:
+        stored = DenseWeight(stored.values * (np.arange(stored.shape[1]) % 4 != 2))
+    allowing = recipe.load(name)
+    rules = tuple(msgspec.structs.replace(rule, lossy="allow") for rule in allowing.precision)
+    zeros = by_hand(stored) == 0
+    assert zeros.sum() >= zeros.size // 4
+    try:
+        made = recipe.represent(msgspec.structs.replace(allowing, precision=rules), formats.SITE, stored)
+    except UnsupportedError:
+        return
+    assert (by_hand(made.weight)[zeros] == 0).all()

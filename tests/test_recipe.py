@@ -204,3 +204,16 @@ def test_a_group_that_no_kernel_takes_is_cut_without_changing_a_number(
 def test_a_group_that_cannot_be_cut_is_refused(mine: Recipe) -> None:
     with pytest.raises(UnsupportedError, match=r"lm_head: group_size: .*found 24"):
         represent(mine, "lm_head", quantize_symmetric(dense(48), 4, 24))
+
+
+def test_what_no_kernel_reads_is_refused_unless_the_rule_allows_it() -> None:
+    stored = quantize_symmetric(dense(64), 8, 32)
+    refusing = recipe.load("executorch-8da4w")
+    with pytest.raises(UnsupportedError) as caught:
+        represent(refusing, "model.layers.0.mlp.up_proj", stored)
+    line = str(caught.value)
+    assert line.startswith("model.layers.0.mlp.up_proj: weight: expected what a kernel of executorch reads, found int8")
+    assert "use executorch-fp32, or lossy = \"allow\": int8/0 at" in line and "\n" not in line
+    made = represent(recipe.load("executorch-8da8w"), "model.layers.0.mlp.up_proj", stored)
+    assert isinstance(made.weight, PackedWeight) and not made.exact
+    assert (made.weight.bits, made.weight.group_size) == (8, 64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class Builder:
         self.inputs: dict[str, ir.Value] = {}
         self.initializers: dict[str, ir.Value] = {}
         self._data = data
+        self._made: dict[Hashable, ir.Value] = {}
 
     def emit(self, op: str, *args: ir.Value | None, domain: str = "", **attrs: object) -> ir.Value:
         """Append a node with one output."""
@@ -65,6 +66,12 @@ class Builder:
             output.name = f"v{number}.{i}"
         self.nodes.append(node)
         return node.outputs
+
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` emitted when this key was first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def declare(self, role: str, name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
         """An input of the graph, found again under its role."""
@@ -104,6 +111,12 @@ class Builder:
         name = "const_" + "_".join(str(value) for value in values)
         if name not in self.initializers:
             self._add(name, ir.tensor(np.array(values, np.int64), name=name))
+        return self.initializers[name]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An array inside the graph file."""
+        if name not in self.initializers:
+            self._add(name, ir.tensor(array, name=name))
         return self.initializers[name]
 
     def scalar(self, number: float) -> ir.Value:

@@ -25,7 +25,7 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import Origin, _genai, _nodes
+from calora_export.targets import Origin, _genai, _nodes, _onnx_weights
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
 
@@ -223,46 +223,8 @@ class _Lowering:
 
     def _matmul(self, x: ir.Value, weights: Sequence[Weight]) -> ir.Value:
         """x times the weights, one below the other."""
-        first = weights[0]
-        bits, group, biased = first.layout.bits, first.layout.group, first.layout.biased
-        name = "+".join([first.name, *(weight.name.split(".")[-2] for weight in weights[1:])])
-        rows, columns = sum(weight.values.shape[0] for weight in weights), first.values.shape[1]
-        bias = self._stacked(f"{name}.bias", [weight.bias for weight in weights], [rows]) if biased else None
-        if not bits:
-            return self._dense(x, weights, name, bias)
-        packed = self.build.stored(
-            f"{name}.q{bits}",
-            lambda: np.concatenate([weight.packed() for weight in weights]),
-            [rows, columns // group, group * bits // 8],
-            ir.DataType.UINT8,
-            key=f"{name}.q",
-        )
-        scale = self._stacked(f"{name}.scale", [weight.scale for weight in weights], [rows, columns // group])
         level = INT8_ACTIVATIONS if self.recipe.activations == "int8_block" else FLOAT_ACTIVATIONS
-        return self.build.emit(
-            "MatMulNBits",
-            *([x, packed, scale] + ([None, None, bias] if biased else [])),
-            domain=CONTRIB,
-            K=columns,
-            N=rows,
-            bits=bits,
-            block_size=group,
-            accuracy_level=level,
-        )
-
-    def _stacked(self, name: str, tensors: Sequence[torch.Tensor], shape: Sequence[int]) -> ir.Value:
-        return self.build.floats(name, lambda: np.concatenate([tensor.numpy() for tensor in tensors]), shape)
-
-    def _dense(self, x: ir.Value, weights: Sequence[Weight], name: str, bias: ir.Value | None) -> ir.Value:
-        values = [weight.values for weight in weights]
-        rows, columns = sum(len(value) for value in values), values[0].shape[1]
-        if self._is_table(weights[0]):  # stored once, by rows, as Gather needs it
-            weight = self._stacked(name, values, [rows, columns])
-            y = self.build.emit("FusedMatMul", x, weight, domain=CONTRIB, transB=1)
-        else:
-            transposed = self.build.floats(f"{name}.T", lambda: torch.cat(values).numpy().T, [columns, rows])
-            y = self.build.emit("MatMul", x, transposed)
-        return y if bias is None else self.build.emit("Add", y, bias)
+        return _onnx_weights.linear(self.build, x, weights, level=level, by_rows=self._is_table(weights[0]))
 
     def _is_table(self, weight: Weight) -> bool:
         return any(_nodes.short(table) == weight.name for table in self.tables)
@@ -310,33 +272,8 @@ class _Lowering:
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
     def lower_embedding(self, node: Node) -> None:
-        ids = self.value(node.args[0])
         weight = _nodes.table(self.graph, self.roles, node)
-        bits, group = weight.layout.bits, weight.layout.group
-        rows, columns = weight.values.shape
-        if not bits:
-            table = self.build.floats(weight.name, weight.values.numpy, [rows, columns])
-            self.values[node] = self.build.emit("Gather", table, ids)
-            return
-        packed = self.build.stored(
-            f"{weight.name}.table",
-            weight.packed,
-            [rows, columns * bits // 8],
-            ir.DataType.UINT8,
-            key=f"{weight.name}.q",
-        )
-        scales = self._stacked(f"{weight.name}.scale", [weight.scale], list(weight.scale.shape))
-        self.values[node] = self.build.emit(
-            "GatherBlockQuantized",
-            packed,
-            ids,
-            scales,
-            domain=CONTRIB,
-            bits=bits,
-            block_size=group,
-            gather_axis=0,
-            quantize_axis=1,
-        )
+        self.values[node] = _onnx_weights.lookup(self.build, self.value(node.args[0]), weight)
 
     def lower_rms_norm(self, node: Node) -> None:
         if node in self.values:  # came with the addition before it
