@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from calora_export import adapter_format, layouts, strict_json
+from calora_export import adapter_format, layouts, router_config, strict_json
 from calora_export.compression import DenseWeight, PackedWeight, WeightFormat
-from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch
+from calora_export.errors import BundleError, FingerprintError, mismatch
 from calora_export.layouts import Checkpoint
 from calora_export.manifest import (
     FILE,
@@ -20,7 +20,6 @@ from calora_export.manifest import (
     Branch,
     CompressionStep,
     Manifest,
-    MlpConfig,
     RouterSpec,
     Selection,
     TaskSpec,
@@ -28,6 +27,7 @@ from calora_export.manifest import (
     write_manifest,
     wrong,
 )
+from calora_export.router_config import EncoderConfig, TableConfig
 from calora_export.sites import collapse_sites, expand_sites
 from calora_export.tensors import FLOATS, TensorIndex
 
@@ -73,13 +73,18 @@ class _Tokenizer(msgspec.Struct, frozen=True):
     model: msgspec.Raw
 
 
+class _TaskModel(msgspec.Struct, frozen=True):
+    type: Literal["WordLevel"]
+    vocab: dict[str, int]
+
+
+class _TaskTokenizer(msgspec.Struct, frozen=True):
+    model: _TaskModel
+
+
 class _Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt: str
     completion: str
-
-
-class _RouterForm(msgspec.Struct, frozen=True):
-    form: str
 
 
 @dataclass(frozen=True)
@@ -232,21 +237,25 @@ def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:
 
 def _check_router(directory: Path, router: RouterSpec) -> None:
     file = "router/config.json"
-    form = strict_json.read(directory / "config.json", _RouterForm, file).form
-    if form != "mlp":
-        raise UnsupportedError(mismatch(file, "form", "mlp", strict_json.plain(form)))
-    config = strict_json.read(directory / "config.json", MlpConfig, file)
+    config = router_config.read(directory, "router", router.kind)
     if config.num_classes != len(router.classes):
         expected = f"{len(router.classes)}, the number of router.classes"
         raise BundleError(mismatch(file, "num_classes", expected, config.num_classes))
+    if isinstance(config, EncoderConfig) and router.max_length > config.positions - config.position_offset:
+        expected = f"at most {config.positions - config.position_offset}, the encoder's positions"
+        raise wrong("router.max_length", expected, router.max_length)
     _read_tokenizer(directory, "router")
-    tensors = TensorIndex.open(directory, "router")
-    sizes = (config.embedding_size, *config.hidden_sizes, config.num_classes)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (config.vocab_size, config.embedding_size)}
-    for index in range(len(sizes) - 1):
-        shapes[f"layers.{index}.weight"] = (sizes[index + 1], sizes[index])
-        shapes[f"layers.{index}.bias"] = (sizes[index + 1],)
-    _check_exact(tensors, shapes)
+    if isinstance(config, TableConfig) and router.kind == "task_id":
+        _check_tasks(directory / "tokenizer.json", config.rows)
+    _check_exact(TensorIndex.open(directory, "router"), config.shapes())
+
+
+def _check_tasks(tokenizer: Path, rows: int) -> None:
+    file = "router/tokenizer.json"
+    found = sorted(strict_json.read(tokenizer, _TaskTokenizer, file).model.vocab.values())
+    if found != list(range(rows)):
+        shown = f"rows {', '.join(map(str, found[:9]))}"
+        raise BundleError(mismatch(file, "model.vocab", f"a task for each of {rows} rows", shown))
 
 
 def _check_exact(tensors: TensorIndex, expected: dict[str, tuple[int, ...]]) -> None:
@@ -257,7 +266,8 @@ def _check_exact(tensors: TensorIndex, expected: dict[str, tuple[int, ...]]) -> 
             raise BundleError(mismatch(tensors.file_of(name), name, wanted, found))
     for name in tensors.names():
         if name not in expected:
-            raise BundleError(mismatch(tensors.file_of(name), name, f"only {', '.join(expected)}", "this tensor"))
+            wanted = f"only {', '.join(list(expected)[:9])}{' …' if len(expected) > 9 else ''}"
+            raise BundleError(mismatch(tensors.file_of(name), name, wanted, "this tensor"))
     if (name := tensors.first_nonfinite()) is not None:
         raise BundleError(mismatch(tensors.file_of(name), name, "finite values", "NaN or Inf"))
 

@@ -175,6 +175,8 @@ def _stored(files: Mapping[str, packages.FileEntry], name: str) -> int:
 
 def _router(spec: manifest.RouterSpec, size: int) -> RouterView:
     chosen = spec.selection
+    if chosen is None:
+        return RouterView(spec.kind, spec.granularity, len(spec.classes), "fixed gates", size)
     parameter = {
         "top_p": f" p={chosen.p}",
         "top_k": f" k={chosen.k}",

@@ -83,26 +83,20 @@ class Selection(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
-class RouterSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """The router, in router/. `classes[i]` is the adapter whose class_index is i."""
+class RouterSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The router, in router/. `classes[i]` is the adapter whose class_index is i.
 
-    kind: Literal["classifier"]
+    special_tokens: the tokenizer puts its own around the text, and truncation keeps them.
+    """
+
+    kind: Literal["classifier", "retrieval", "task_id", "static"]
     granularity: Literal["prompt", "sentence"]
     template: str
     max_length: Count
     truncation: Literal["left", "right"]
     classes: Annotated[tuple[str, ...], Meta(min_length=1)]
-    selection: Selection
-
-
-class MlpConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """router/config.json of the form `mlp`: embeddings [vocab, embedding], averaged, then linear layers."""
-
-    form: str
-    vocab_size: Count
-    embedding_size: Count
-    hidden_sizes: tuple[Count, ...]
-    num_classes: Count
+    selection: Selection | None = None
+    special_tokens: bool = False
 
 
 class TaskSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -211,7 +205,13 @@ def _check_router(router: RouterSpec, adapters: tuple[AdapterSpec, ...]) -> None
         if adapter.class_index >= len(router.classes):
             expected = f"less than {len(router.classes)}, the number of router.classes"
             raise wrong(f"adapters[{index}].class_index", expected, adapter.class_index)
-    _check_selection(router.selection, len(router.classes))
+    scored = router.kind in ("classifier", "retrieval")
+    if scored and router.selection is None:
+        raise wrong("router.selection", f"this key with {router.kind}", "nothing")
+    if not scored and router.selection is not None:
+        raise wrong("router.selection", f"no such key with {router.kind}", strict_json.show(router.selection))
+    if router.selection is not None:
+        _check_selection(router.selection, len(router.classes))
 
 
 def _check_selection(selection: Selection, classes: int) -> None:

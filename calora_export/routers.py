@@ -7,13 +7,16 @@ every target.
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from calora_export import router_config
 from calora_export.bundle import Bundle
-from calora_export.manifest import MlpConfig, Selection
+from calora_export.encoder import Encoder
+from calora_export.manifest import Selection
+from calora_export.router_config import EncoderConfig, MlpConfig, TableConfig
 from calora_export.tensors import TensorIndex
 
 
@@ -73,15 +76,26 @@ class Select(nn.Module):
                 return torch.ones_like(first)
 
 
-class Router(nn.Module):
-    """ids [1, T] → gates [classes]."""
+class Table(nn.Module):
+    """ids [1, 1], a row's number → its gates [classes]."""
 
-    def __init__(self, classifier: Mlp, selection: Selection) -> None:
+    def __init__(self, config: TableConfig) -> None:
         super().__init__()
-        self.classifier, self.select = classifier, Select(selection)
+        self.register_buffer("gates", torch.zeros(config.rows, config.num_classes))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.select(self.classifier(ids))
+        return F.embedding(ids[0, :1], self.get_buffer("gates"))[0]
+
+
+class Router(nn.Module):
+    """ids [1, T] → gates [classes]. A table has its gates; other scores are selected from."""
+
+    def __init__(self, scores: Mlp | Encoder | Table, selection: Selection | None) -> None:
+        super().__init__()
+        self.scores, self.select = scores, nn.Identity() if selection is None else Select(selection)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.select(self.scores(ids))
 
 
 def load(bundle: Bundle) -> Router | None:
@@ -90,7 +104,20 @@ def load(bundle: Bundle) -> Router | None:
     if spec is None:
         return None
     directory = bundle.path / "router"
-    classifier = Mlp(msgspec.json.decode((directory / "config.json").read_bytes(), type=MlpConfig))
+    config = router_config.read(directory, "router", spec.kind)
     tensors = TensorIndex.open(directory, "router")
-    classifier.load_state_dict({name: torch.from_numpy(np.array(tensors.float32(name))) for name in tensors.names()})
-    return Router(classifier, spec.selection).eval().requires_grad_(False)
+    state = {name: torch.from_numpy(np.array(tensors.float32(name))) for name in tensors.names()}
+    scores = build(config)
+    scores.load_state_dict(state)
+    return Router(scores, spec.selection).eval().requires_grad_(False)
+
+
+def build(config: router_config.RouterConfig) -> Mlp | Encoder | Table:
+    """The module of a config.json, not yet with its weights."""
+    match config:
+        case MlpConfig():
+            return Mlp(config)
+        case EncoderConfig():
+            return Encoder(config)
+        case TableConfig():
+            return Table(config)

@@ -15,7 +15,8 @@ from calora_export.demo.results import RouterScores
 from calora_export.demo.tasks import TASKS, draw, natural
 from calora_export.demo.tokenizing import PAD_ID, token_ids
 from calora_export.demo.training import optimise, percentage
-from calora_export.manifest import MlpConfig, Selection
+from calora_export.manifest import Selection
+from calora_export.router_config import MlpConfig
 from calora_export.routers import Mlp, Select
 
 

@@ -14,11 +14,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from calora_export.importers import Imported, _checkpoint, _lowrank
+from calora_export.importers import Imported, _checkpoint, _encoders, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import draft
 from calora_export.importers._lowrank import LowRank, Pair
 from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out, Tasks, task_names
+from calora_export.manifest import RouterSpec
+from calora_export.router_config import TableConfig
 
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="B_scale as trained: what divides lora_B_w.", show_default=False)
@@ -37,7 +39,7 @@ def run(
     tasks: Tasks,
     name: Name = None,
 ) -> Imported:
-    """An MTL-LoRA checkpoint: one adapter per task, its id the task's name, its class_index the task's index.
+    """An MTL-LoRA checkpoint: one adapter per task, its id the task's name, and a router that takes a task's name.
 
     BundleError in one line.
     """
@@ -49,6 +51,10 @@ def run(
         for index, task in enumerate(names):
             lora = {site: layer.task(index, alpha, temperature) for site, layer in layers.items()}
             made.add(task, _lowrank.write(LowRank(lora), made.adapter_dir(task), made.linears))
+        gates = np.eye(len(names), dtype=np.float32)
+        config = TableConfig("table", len(names), len(names))
+        _encoders.write(made.path / "router", config, {"gates": gates}, _encoders.task_tokenizer(names))
+        made.router = RouterSpec("task_id", "prompt", "{text}", 1, "left", names)
     return Imported(out, names)
 
 
