@@ -27,12 +27,17 @@ class Engines(Protocol):
 
 
 class Reference:
-    """The saved file, executed operator by operator. `peaks` collects the largest |value| of each model's operators."""
+    """The saved file, executed operator by operator; watched, `peaks` collects the largest |value| of each operator, by
+    the file's name.
 
-    def __init__(self, threads: int) -> None:
+    On one thread, as is the rest of the process then: several wait for each other at every operator of a small model.
+    """
+
+    def __init__(self, *, watched: bool = False) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
+        self._watched = watched
         self.peaks: dict[str, dict[str, float]] = {}
         self._programs: dict[Path, mil.Program] = {}
 
@@ -43,11 +48,11 @@ class Reference:
             self._programs[path] = mil.load(path)
         program = self._programs[path]
         chosen = program.functions[function or program.default]
-        return _Interpreted(chosen, self.peaks.setdefault(path.name, {}))
+        return _Interpreted(chosen, self.peaks.setdefault(path.name, {}) if self._watched else None)
 
 
 class _Interpreted:
-    def __init__(self, function: mil.Function, peaks: dict[str, float]) -> None:
+    def __init__(self, function: mil.Function, peaks: dict[str, float] | None) -> None:
         self._function, self._state, self._peaks = function, function.state(), peaks
 
     def run(self, inputs: Arrays) -> Arrays:

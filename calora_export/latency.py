@@ -16,6 +16,8 @@ PROMPT, DECODE, ROUNDS, SWAPS = 128, 16, 5, 40
 def timing(package: Package, prompt: tuple[int, ...]) -> Timing:
     """What to time in a package: its first two adapters, a prompt that leaves room for the decode steps."""
     ids = [adapter.id for adapter in package.manifest.adapters]
+    if package.manifest.settings.adapter_inputs == "functions":
+        ids = ids[:1]  # no two of them can be mixed
     room = package.manifest.model.context - DECODE
     return Timing(
         adapter=ids[0] if ids else "",

@@ -124,6 +124,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One validation of one package on one device.
 
+    `activations` is the largest |value| in each layer, from a device that sees them: float16 ends at 65504.
     `problems` holds one line per failure. `tolerances` is what was judged against, by name: a metric
     (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
     bound the effect.
@@ -145,6 +146,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     versions: dict[str, str] = {}
     recipe: str = ""
     tolerances: dict[str, float] = {}
+    activations: dict[str, float | None] = {}
 
     def __post_init__(self) -> None:
         failed = failed_parts(self)

@@ -232,11 +232,11 @@ def _report(
         router=router,
         tasks=tasks,
         latency=latency.summarise(job, answer),
-        activations=activations,
         problems=tuple(problems),
         versions=package.manifest.versions,
         recipe=package.manifest.recipe,
         tolerances=_tolerances(limits, settings),
+        activations=activations,
     )
     timing = answer.timing
     series = Series(
@@ -249,7 +249,7 @@ def _report(
 
 
 def _layers(peaks: Mapping[str, float] | None) -> dict[str, float]:
-    """The largest |value| of each layer, in the order in which they run: an operator without a layer's number in its name
+    """The largest |value| of each layer, in the order in which they run: an operator with no layer in its name
     belongs to the layer before it."""
     found: dict[str, float] = {}
     layer = "embedding"

@@ -82,6 +82,7 @@ SCHEMA = {
     "versions": None,
     "recipe": None,
     "tolerances": None,
+    "activations": None,
 }
 
 BASE = ParityRow(

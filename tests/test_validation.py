@@ -33,7 +33,7 @@ SAFE = {"aba_bit_identical": True, "kv_isolated": True, "wrong_base_refused": Tr
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's own code, without a process of its own for each test, on one thread."""
     monkeypatch.setattr(measuring, "threads", lambda: 1)
-    monkeypatch.setattr(devices, "run", lambda device, package, job: host.answer(package, job))
+    monkeypatch.setattr(devices, "run", lambda device, package, job, progress: host.answer(package, job))
 
 
 @pytest.fixture

@@ -93,8 +93,8 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
 
 
 def open_session(package: Package, threads: int) -> CoremlSession:
-    """`threads` is for the reference runtime; Core ML chooses for itself."""
-    return CoremlSession(package, Predictions() if sys.platform == "darwin" else Reference(threads))
+    """`threads` changes nothing: Core ML chooses for itself, and the reference runtime has one."""
+    return CoremlSession(package, Predictions() if sys.platform == "darwin" else Reference())
 
 
 class CoremlSession:

@@ -267,7 +267,7 @@ class _Lowering:
         return mb.reshape(x=q, shape=[1, self.graph.shape.kv_heads, -1, self.graph.shape.head_dim])
 
     def _cached(self, name: str, layer: int, new: Var) -> Var:
-        """Put new keys or values [1, KV, S, D] behind the old ones; all, or the whole cache."""
+        """Put new keys or values [1, KV, S, D] behind the old ones; all of them, or the whole cache."""
         shape, state, (start, end) = self.graph.shape, self.inputs[name], self._bounds()
         stop = mb.concat(values=[layer + 1, shape.kv_heads, end, shape.head_dim], axis=0)
         begin = mb.concat(values=[layer, 0, start, 0], axis=0)
