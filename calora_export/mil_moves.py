@@ -127,50 +127,79 @@ def split(given: Given) -> Kernel:
     return _moving(run, "x")
 
 
-class _Masks:
-    """The constant parts of a slice: per axis its step, whether its begin or end is open, whether it is one index."""
+class _Region:
+    """The part of a tensor that begin, end, stride and their masks name, as an index for torch.
+
+    torch has no negative steps: such an axis is cut forwards, and `reversed` are the axes of the result to turn round.
+    """
 
     def __init__(self, given: Given) -> None:
         none = (False,) * _MOST_AXES
-        self.stride = given.ints("stride") or (1,) * _MOST_AXES
-        self.begin = given.ints("begin_mask") or none
-        self.end = given.ints("end_mask") or none
-        self.squeeze = given.ints("squeeze_mask") or none
+        self._steps = given.ints("stride") or (1,) * _MOST_AXES
+        self._from_start = given.ints("begin_mask") or none
+        self._to_end = given.ints("end_mask") or none
+        self._single = given.ints("squeeze_mask") or none
+        self._fixed: tuple[slice | int, ...] | None = None
+        self.reversed = self._reversed()
+        self.inputs: tuple[str, ...] = ("begin", "end")
+        ends = [given.parameters[name][0] for name in self.inputs]
+        if not self.reversed and None not in ends:
+            self._fixed = self._index(*[tuple(given.constant(name).tolist()) for name in self.inputs])
+            self.inputs = ()
+
+    def _reversed(self) -> list[int]:
+        kept = [step for step, single in zip(self._steps, self._single, strict=False) if not single]
+        return [axis for axis, step in enumerate(kept) if step < 0]
+
+    def index(self, x: torch.Tensor, bounds: Sequence[torch.Tensor]) -> tuple[slice | int, ...]:
+        """The index; `bounds` are the values of `inputs`."""
+        if self._fixed is not None:
+            return self._fixed
+        index = self._index(*[bound.tolist() for bound in bounds])
+        return tuple(map(_forwards, index, x.shape)) if self.reversed else index
+
+    def _index(self, begin: Sequence[int], end: Sequence[int]) -> tuple[slice | int, ...]:
+        return tuple(
+            first if single else slice(None if open_begin else first, None if open_end else last, step)
+            for first, last, step, open_begin, open_end, single in zip(
+                begin, end, self._steps, self._from_start, self._to_end, self._single, strict=False
+            )
+        )
 
 
-def _region(
-    shape: Sequence[int], begin: Sequence[int], end: Sequence[int], masks: _Masks
-) -> tuple[tuple[slice | int, ...], list[int]]:
-    """An index for torch, which has no negative steps, and the axes of the result to reverse after it."""
-    index: list[slice | int] = []
-    reverse: list[int] = []
-    axes = 0
-    for axis, size in enumerate(shape):
-        if masks.squeeze[axis]:
-            index.append(begin[axis])
-            continue
-        step = masks.stride[axis]
-        first = None if masks.begin[axis] else begin[axis]
-        last = None if masks.end[axis] else end[axis]
-        span = range(*slice(first, last, step).indices(size))
-        if step > 0:
-            index.append(slice(span.start, max(span.start, span.stop), step))
-        else:
-            index.append(slice(span[-1], span[0] + 1, -step) if span else slice(0, 0))
-            reverse.append(axes)
-        axes += 1
-    return tuple(index), reverse
+def _forwards(part: slice | int, size: int) -> slice | int:
+    """The same elements of an axis of this size with a positive step."""
+    if isinstance(part, int) or part.step > 0:
+        return part
+    span = range(*part.indices(size))
+    return slice(span[-1], span[0] + 1, -part.step) if span else slice(0, 0)
 
 
 def slice_by_index(given: Given) -> Kernel:
     """x[begin:end:stride, …] as numpy has it; an axis of `squeeze_mask` is one index."""
-    masks = _Masks(given)
+    region = _Region(given)
 
-    def run(x: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        index, reverse = _region(x.shape, begin.tolist(), end.tolist(), masks)
-        return x[index].flip(reverse) if reverse else x[index]
+    def run(x: torch.Tensor, *bounds: torch.Tensor) -> torch.Tensor:
+        part = x[region.index(x, bounds)]
+        return part.flip(region.reversed) if region.reversed else part
 
-    return _moving(run, "x", "begin", "end")
+    return _moving(run, "x", *region.inputs)
+
+
+def slice_update(given: Given) -> Kernel:
+    """x with x[begin:end:stride, …] replaced."""
+    region = _Region(given)
+
+    def overwrite(x: torch.Tensor, update: torch.Tensor, *bounds: torch.Tensor) -> torch.Tensor:
+        place = x[region.index(x, bounds)]
+        update = update.reshape(place.shape)
+        place.copy_(update.flip(region.reversed) if region.reversed else update)
+        return x
+
+    def run(x: torch.Tensor, update: torch.Tensor, *bounds: torch.Tensor) -> torch.Tensor:
+        return overwrite(x.clone(), update, *bounds)
+
+    return Kernel(("x", "update", *region.inputs), run, exact=True, overwrite=overwrite)
 
 
 def slice_by_size(given: Given) -> Kernel:
@@ -181,23 +210,6 @@ def slice_by_size(given: Given) -> Kernel:
         return x[tuple(slice(b, None if n < 0 else b + n) for b, n in zip(firsts, size.tolist(), strict=True))]
 
     return _moving(run, "x", "begin", "size")
-
-
-def slice_update(given: Given) -> Kernel:
-    """x with x[begin:end:stride, …] replaced."""
-    masks = _Masks(given)
-
-    def overwrite(x: torch.Tensor, update: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        index, reverse = _region(x.shape, begin.tolist(), end.tolist(), masks)
-        place = x[index]
-        update = update.expand(place.shape) if update.numel() == 1 else update.reshape(place.shape)
-        place.copy_(update.flip(reverse) if reverse else update)
-        return x
-
-    def run(x: torch.Tensor, update: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        return overwrite(x.clone(), update, begin, end)
-
-    return Kernel(("x", "update", "begin", "end"), run, exact=True, overwrite=overwrite)
 
 
 def gather(given: Given) -> Kernel:
