@@ -52,6 +52,15 @@ def main(made: Path, name: str) -> mil_program.Function:
     return function
 
 
+def value(name: str, *dims: int | None, bound: tuple[int, ...] = (), made_by: str = "input") -> mil_program.Value:
+    return mil_program.Value(name, "float16", dims, bound or tuple(size or 0 for size in dims), made_by)
+
+
+def operation(kind: str, name: str, *dims: int, **inputs: mil_program.Value) -> mil_program.Operation:
+    outputs = (value(name, *dims, made_by=kind),) if name else ()
+    return mil_program.Operation(kind, {key: (given,) for key, given in inputs.items()}, outputs)
+
+
 def rules(found: Fitness) -> dict[str, dict[str, int]]:
     return {finding.rule: finding.operators for finding in found.findings}
 
@@ -124,6 +133,19 @@ def test_a_slice_is_cut_where_its_ends_are_constant() -> None:
     assert bound(begin=ints(0, 0), end=ints(-1, 0)) == (30, 50)
 
 
+def test_lengths_that_meet_are_one_length() -> None:
+    table, tokens = value("table", None, 8, bound=(2048, 8)), value("tokens", 1, None, 8, bound=(1, 512, 8))
+    assert mil_program._bound("mul", (1, None, 8), {"x": (tokens,), "y": (table,)}, 9999) == (1, 512, 8)
+
+
+def test_a_product_has_the_rows_and_columns_of_what_is_not_summed() -> None:
+    x, y = value("x", None, 5, bound=(3, 5)), value("y", None, 5, bound=(7, 5))
+    yes = (mil_program.Value("", "bool", (), (), "const", (1,)),)
+    given = {"x": (x,), "y": (y,), "transpose_y": yes}
+    assert mil_program._bound("matmul", (None, None), given, 99) == (3, 7)
+    assert mil_program._bound("matmul", (None, None), {**given, "transpose_x": yes}, 99) == (5, 7)
+
+
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -154,6 +176,32 @@ def test_a_state_is_not_an_activation(made: Path) -> None:
     assert alive == prod(function.states[0].bound) * 2  # reads of the cache are the largest values …
     most = look(made, "longest").activations
     assert most < 2 * alive  # … of which there are three, and none counts
+
+
+def test_an_update_of_a_state_is_made_in_its_place() -> None:
+    state = value("cache", 1000, made_by="state")
+    read = operation("read_state", "before", 1000, input=state)
+    update = operation("slice_update", "after", 1000, x=read.outputs[0], update=value("x", 10))
+    write = operation("write_state", "", input=state, data=update.outputs[0])
+    again = operation("read_state", "now", 1000, input=state)
+    part = operation("slice_by_index", "part", 10, x=again.outputs[0])
+    double = operation("mul", "double", 10, x=part.outputs[0], y=part.outputs[0])
+    operations = (read, update, write, again, part, double)
+    function = mil_program.Function("main", "CoreML8", (value("x", 10),), (state,), {}, operations, ("double",))
+    assert fitness.peak(function) == 2 * 10 * 2
+    copied = replace(update, type="scatter")
+    function = replace(function, operations=(read, copied, write, again, part, double))
+    assert fitness.peak(function) == 1000 * 2
+
+
+def test_a_weight_in_two_steps_is_expanded_once() -> None:
+    """A codebook and then scales: only what comes out at the end is held."""
+    indices = mil_program.Value("", "uint4", (8, 64), (8, 64), "const", blob=64)
+    lut, scale = value("", 1, 16, made_by="const"), value("", 8, 2, made_by="const")
+    looked = operation("constexpr_lut_to_dense", "looked", 8, 64, indices=indices, lut=lut)
+    scaled = operation("constexpr_blockwise_shift_scale", "scaled", 8, 64, data=looked.outputs[0], scale=scale)
+    function = mil_program.Function("main", "CoreML8", (), (), {}, (looked, scaled), ())
+    assert fitness._expansion([function]) == 8 * 64 * 2 - (8 * 64 // 2 + 16 * 2 + 8 * 2 * 2)
 
 
 def test_functions_share_weights_and_only_one_runs(made: Path) -> None:
@@ -310,6 +358,7 @@ def test_an_export_shows_its_fitness(exported: Callable[[str], Path]) -> None:
     assert isinstance(view, inspection.PackageView) and view.coreml is not None and view.router is not None
     assert view.coreml.parts == {name: fitness.read(path / name) for name in ("model.mlpackage", "router.mlpackage")}
     assert view.coreml.devices["iphone-15-pro"] == []
+    assert view.coreml.parts["model.mlpackage"].warnings == []  # every input is of a range
     stored = [file.stat().st_size for file in (path / "router.mlpackage").rglob("*") if file.is_file()]
     assert view.router.bytes == sum(stored)
     assert view.coreml.parts["model.mlpackage"].states == 2 * LAYERS * KV_HEADS * 256 * (HIDDEN // HEADS) * 2
