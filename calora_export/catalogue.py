@@ -53,20 +53,20 @@ def _memory(profile: profiles.Profile) -> str:
 
 def _adapters() -> list[Row]:
     return [
-        {"adapter": "lora", "formula": "scale · B(A x)", "source": "PEFT; rslora, rank and alpha patterns"},
+        {"adapter": "lora", "formula": "scale · B(A x)", "source": "PEFT; what import reduces to it"},
         {"adapter": "recovery", "formula": "scale · a2(gelu(a1 x))", "source": "CA-LoRA, arXiv 2307.07705"},
     ]
 
 
 def _routers() -> list[Row]:
-    return [
-        {
-            "router": "classifier",
-            "forms": "mlp",
-            "selection": "top_p, top_k, threshold, all",
-            "source": "DLP-LoRA, arXiv 2410.01497",
-        }
-    ]
+    policies = "top_p, top_k, threshold, all"
+    rows = (
+        ("classifier", "mlp, encoder", policies, "DLP-LoRA, arXiv 2410.01497"),
+        ("retrieval", "encoder", policies, "LoraRetriever, arXiv 2402.09997"),
+        ("task_id", "table", "the task's own gates", "MTL-LoRA, arXiv 2410.09437"),
+        ("static", "table", "fixed gates", "a mixture that does not change"),
+    )
+    return [dict(zip(("router", "forms", "selection", "source"), row, strict=True)) for row in rows]
 
 
 def _formats() -> list[Row]:

@@ -217,6 +217,7 @@ def run(
         list[str], typer.Option("--prompt", help="Several are the turns of one chat.", show_default=False)
     ],
     adapter: Annotated[str, typer.Option("--adapter", help="auto, none, ID or ID=0.7,ID=0.3")] = "auto",
+    task: Annotated[str | None, typer.Option("--task", help="The task's name, for a router that goes by it.")] = None,
     limit: Annotated[int, typer.Option("--max-tokens", min=1, help="New tokens per answer.")] = 128,
     json: Json = False,
     debug: Debug = False,
@@ -233,13 +234,15 @@ def run(
             mix = {}
         session = runtimes.load(opened.manifest.target).open_session(opened, measuring.threads())
         chat = generation.Chat(opened, session)
-        turns = [take_turn(chat, text, mix, limit, quiet=json) for text in prompt]
+        turns = [take_turn(chat, text, mix, task, limit, quiet=json) for text in prompt]
         if json:
             emit({"package": str(package), "turns": turns})
 
 
-def take_turn(chat: Chat, prompt: str, mix: Mix | None, limit: int, *, quiet: bool) -> dict[str, object]:
-    turn = chat.start(prompt, mix)
+def take_turn(
+    chat: Chat, prompt: str, mix: Mix | None, task: str | None, limit: int, *, quiet: bool
+) -> dict[str, object]:
+    turn = chat.start(prompt, mix, task)
     chosen = ", ".join(f"{name} {gate:.2f}" for name, gate in turn.mix.items()) or "none, the base alone"
     if not quiet:
         err.print(f"[dim]adapters: {chosen} ({'routed' if turn.routed else 'named'}); cache {turn.cache}[/dim]")
@@ -251,12 +254,18 @@ def take_turn(chat: Chat, prompt: str, mix: Mix | None, limit: int, *, quiet: bo
             sys.stdout.flush()
     if not quiet:
         sys.stdout.write("\n")
+        for part in chat.sentences[1:]:
+            named = ", ".join(f"{name} {gate:.2f}" for name, gate in part.mix.items())
+            err.print(f"[dim]from token {part.token} on: {named} (routed)[/dim]")
     return {
         "prompt": prompt,
         "adapters": turn.mix,
         "routed": turn.routed,
         "prefilled_tokens": turn.prefill,
         "cache": turn.cache,
+        "sentences": [
+            {"token": part.token, "adapters": part.mix, "prefilled_tokens": part.prefill} for part in chat.sentences
+        ],
         "text": "".join(pieces),
     }
 

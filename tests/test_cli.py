@@ -202,7 +202,7 @@ def run(package: Path, *arguments: object) -> list[dict]:
 
 def test_run_as_json(opened: Path) -> None:
     (turn,) = run(opened, "--prompt", "one two", "--adapter", "alpha=0.7,beta=0.3")
-    assert set(turn) == {"prompt", "adapters", "routed", "prefilled_tokens", "cache", "text"}
+    assert set(turn) == {"prompt", "adapters", "routed", "prefilled_tokens", "cache", "sentences", "text"}
     assert (turn["prompt"], turn["adapters"], turn["routed"]) == ("one two", {"alpha": 0.7, "beta": 0.3}, False)
     assert turn["prefilled_tokens"] == 7
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -115,6 +118,123 @@ def test_a_package_without_router_says_so(opened: Package) -> None:
     bare = Package(opened.path, msgspec.structs.replace(opened.manifest, router=None))
     with pytest.raises(PackageError, match="name one with --adapter"):
         Chat(bare, session_of(bare)).start("one", None)
+
+
+# ── a router per sentence ───────────────────────────────────────────────────────────────────────────
+
+
+class Routed:
+    """A session whose answer is written down; what the router read decides between alpha and beta."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.rest, self.mix = [*answer, 0], {}
+        self.read: list[str] = []  # by the router
+        self.fed: list[tuple[str, str]] = []  # under which adapter, what
+
+    def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        assert not keep_cache
+        self.mix = dict(mix)
+
+    def forget(self) -> None: ...
+
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        self.fed.append((",".join(self.mix), bytes(ids).decode()))
+        return np.eye(256)[[self.rest.pop(0)]]
+
+    def route(self, ids: Sequence[int]) -> np.ndarray:
+        text = bytes(ids).decode()
+        self.read.append(text)
+        return np.array([0.0, 1.0] if text.rstrip().endswith("B") else [1.0, 0.0])
+
+    def admit(self, path: Path) -> None: ...
+
+
+def per(package: Package, granularity: str, **changes: object) -> Package:
+    router = package.manifest.router
+    assert router is not None
+    spec = msgspec.structs.replace(router.spec, granularity=granularity, **changes)
+    manifest = msgspec.structs.replace(package.manifest, router=msgspec.structs.replace(router, spec=spec))
+    return Package(package.path, manifest)
+
+
+def test_the_router_reads_again_at_the_first_token_of_every_sentence(opened: Package) -> None:
+    session = Routed(b"It is 3.14. Beta now!\nB says so? B ends.")
+    chat = Chat(per(opened, "sentence"), session)
+    chat.start("Q", None)
+    text = "".join(chat.stream(100))
+    assert text == "It is 3.14. Beta now!\nB says so? B ends."
+    assert session.read == ["Q", "QIt is 3.14. ", "QIt is 3.14. Beta now!\n", "QIt is 3.14. Beta now!\nB says so? "]
+    assert [(part.token, dict(part.mix)) for part in chat.sentences] == [
+        (0, ALPHA), (12, ALPHA), (22, ALPHA), (33, ALPHA)
+    ]  # fmt: skip
+    assert [fed for _, fed in session.fed] == ["Q", *text], "the same adapters keep the cache"
+
+
+def test_other_adapters_in_mid_answer_read_the_whole_history_again(opened: Package) -> None:
+    session = Routed(b"To B\nand to\non")
+    chat = Chat(per(opened, "sentence"), session)
+    chat.start("Q", None)
+    assert "".join(chat.stream(100)) == "To B\nand to\non"
+    changes = [(part.token, ",".join(part.mix), part.prefill) for part in chat.sentences]
+    assert changes == [(0, "alpha", 1), (5, "beta", len("QTo B\n")), (12, "alpha", len("QTo B\nand to\n"))]
+    assert session.fed[5] == ("beta", "QTo B\n"), "no position of the cache is alpha's"
+    assert session.fed[12] == ("alpha", "QTo B\nand to\n")
+    assert all(len(fed) == 1 for index, (_, fed) in enumerate(session.fed) if index not in (5, 12))
+
+
+def test_a_sentence_under_new_adapters_is_what_they_write_alone(
+    opened: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the real session: every token is the arg max of a fresh one that read the whole history under its mix."""
+    chat = Chat(per(opened, "sentence"), session_of(opened))
+    monkeypatch.setattr(generation, "_END", re.compile("."))  # every character ends a sentence
+    turns = itertools.cycle([ALPHA, BETA, BETA, {"alpha": 0.5, "beta": 0.5}])
+    monkeypatch.setattr(chat, "route", lambda text: dict(next(turns)))
+    chat.start("one two", None)
+    list(chat.stream(24))
+    expected = list(b"one two")
+    for token in range(len(chat.history) - 7):
+        mix = [part.mix for part in chat.sentences if part.token <= token][-1]
+        expected += greedy(opened, expected, mix, 1)
+    assert chat.history == expected and len({tuple(part.mix) for part in chat.sentences}) == 3
+
+
+def test_a_router_per_prompt_is_asked_once(opened: Package) -> None:
+    session = Routed(b"One. Two. Three.")
+    chat = Chat(per(opened, "prompt"), session)
+    chat.start("Q", None)
+    list(chat.stream(100))
+    assert session.read == ["Q"] and chat.sentences == []
+
+
+def test_named_adapters_are_not_routed_away(opened: Package) -> None:
+    session = Routed(b"One. Two. Three.")
+    chat = Chat(per(opened, "sentence"), session)
+    chat.start("Q", BETA)
+    list(chat.stream(100))
+    assert session.read == [] and {adapter for adapter, _ in session.fed} == {"beta"}
+
+
+def test_a_task_id_router_reads_the_task_and_not_the_prompt(opened: Package, tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"sum": 0, "sort": 1}, "unk_token": "sum"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    package = per(opened, "sentence", kind="task_id", selection=None)
+    assert package.manifest.router is not None
+    router = msgspec.structs.replace(package.manifest.router, tokenizer=str(tmp_path / "tokenizer.json"))
+    package = Package(package.path, msgspec.structs.replace(package.manifest, router=router))
+
+    class ById(Routed):
+        def route(self, ids: Sequence[int]) -> np.ndarray:
+            return np.eye(2)[ids[0]]
+
+    chat = Chat(package, ById(b"One. Two."))
+    assert chat.start("Q", None, "sort").mix == BETA
+    list(chat.stream(100))
+    assert chat.start("Q", None, "sum").mix == ALPHA
+    with pytest.raises(PackageError, match="--task: name: expected the task that the router goes by, found nothing"):
+        chat.start("Q", None)
+    with pytest.raises(PackageError, match="task: expected one of sum, sort, found 'else'"):
+        chat.start("Q", None, "else")
 
 
 # ── limits ──────────────────────────────────────────────────────────────────────────────────────────
