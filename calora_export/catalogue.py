@@ -47,8 +47,9 @@ def _devices() -> list[Row]:
 
 def _memory(profile: profiles.Profile) -> str:
     """What an app may use of what is built in, as far as it is known."""
-    known = " of ".join(str(size) for size in (profile.memory_mb, profile.ram_mb) if size)
-    return f"{known} MB" if known else "–"
+    if profile.ram_mb is None:
+        return f"{profile.memory_mb} MB" if profile.memory_mb else "–"
+    return f"{profile.memory_mb or '?'} of {profile.ram_mb} MB"
 
 
 def _adapters() -> list[Row]:

@@ -27,7 +27,6 @@ MB = 2**20
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of packages; importing coremltools and writing them costs about ten seconds."""
-    pytest.importorskip("coremltools")
     from tests import coreml_packages as packages
 
     directory = tmp_path_factory.mktemp("mlpackages")

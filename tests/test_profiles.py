@@ -92,7 +92,7 @@ def test_the_list_shows_what_is_known() -> None:
         "memory": "3376 of 8192 MB",
         "targets": "coreml, executorch, onnx",
     }
-    assert (rows["iphone-16"]["memory"], rows["host"]["memory"], rows["host"]["os"]) == ("8192 MB", "–", "–")
+    assert (rows["iphone-16"]["memory"], rows["host"]["memory"], rows["host"]["os"]) == ("? of 8192 MB", "–", "–")
 
 
 # ── what is refused before the work ─────────────────────────────────────────────────────────────────
