@@ -108,13 +108,13 @@ def working_type(dtype: str) -> torch.dtype:
 
 def working(array: np.ndarray) -> torch.Tensor:
     """A stored value as kernels take it: a view where the types agree."""
-    if array.dtype.name in FLOATS:
-        array = array.astype(np.float32, copy=False)
-    elif array.dtype.name in _WIDE:
+    if array.dtype.name in _WIDE:
         array = array.astype(np.int64, copy=False)
-    elif array.dtype != np.bool_:
-        array = array.astype(np.int32, copy=False)
-    return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+    elif array.dtype.name not in ("bool", "float16", "float32"):
+        array = array.astype(np.float32 if array.dtype.name in FLOATS else np.int32, copy=False)
+    array = np.require(array, requirements="CW")  # torch takes no read-only arrays
+    value = torch.from_numpy(array).reshape(array.shape)
+    return value.float() if value.dtype == torch.float16 else value  # torch widens much faster than numpy
 
 
 def half(value: torch.Tensor) -> torch.Tensor:
