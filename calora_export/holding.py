@@ -68,23 +68,19 @@ def _xnnpack(module: str, weight: PackedWeight) -> PackedWeight:
 
 
 def _coreml(module: str, weight: PackedWeight) -> PackedWeight:
-    """constexpr_blockwise_shift_scale and constexpr_lut_to_dense (iOS 18): 4 or 8 bits, zero points, codebooks, groups
-    of any size; scales and codebooks in fp16, to which others are rounded. No operator reorders the input.
+    """constexpr_blockwise_shift_scale (iOS 18): 4 or 8 bits in groups of any size, scales in fp16, to which others are
+    rounded. What our lowering does not write is refused: zero points, codebooks, orders.
     """
-    if weight.order is not None:
+    more = {"zero points": weight.zero, "a codebook": weight.codebook, "an activation order": weight.order}
+    if found := [name for name, part in more.items() if part is not None]:
         hint = f"use {EXACT['coreml']}"
-        raise UnsupportedError(mismatch(module, "weight", "columns in order", "an activation order", hint))
-    scale, codebook = (_half(module, part) for part in (weight.scale, weight.codebook))
-    if scale is weight.scale and codebook is weight.codebook:
-        return weight
-    assert scale is not None
-    return replace(weight, scale=scale, codebook=codebook)
+        raise UnsupportedError(mismatch(module, "weight", "symmetric groups in order", " and ".join(found), hint))
+    scale = _half(module, weight.scale)
+    return weight if scale is weight.scale else replace(weight, scale=scale)
 
 
-def _half(module: str, array: np.ndarray | None) -> np.ndarray | None:
+def _half(module: str, array: np.ndarray) -> np.ndarray:
     """The array itself where fp16 holds its numbers, else rounded to it, in its own dtype."""
-    if array is None:
-        return None
     with np.errstate(over="ignore"):
         rounded = array.astype(np.float32).astype(np.float16).astype(np.float32)
     if not np.isfinite(rounded).all():

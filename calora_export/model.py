@@ -85,9 +85,9 @@ class Held:
     @staticmethod
     def of(weight: Weight) -> Held:
         if isinstance(weight, PackedWeight):
-            scale = torch.from_numpy(np.asarray(weight.scale, dtype=np.float32))
-            rest = (_optional(part) for part in (weight.zero, weight.codebook, weight.order))
-            return Held(torch.from_numpy(weight.q), scale, *rest)
+            scale = np.asarray(weight.scale, dtype=np.float32)
+            rest = (None if part is None else _tensor(part) for part in (weight.zero, weight.codebook, weight.order))
+            return Held(_tensor(weight.q), _tensor(scale), *rest)
         return Held(torch.from_numpy(np.array(weight.values, dtype=np.float32)), torch.zeros(0))
 
     def register(self, module: nn.Module) -> None:
@@ -96,8 +96,8 @@ class Held:
             module.register_buffer(part.name, getattr(self, part.name))
 
 
-def _optional(array: np.ndarray | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements="W"))  # torch warns of a mapped file, which is read-only
 
 
 class Linear(nn.Module):

@@ -54,23 +54,45 @@ class OnnxFile:
         return np.frombuffer(self.data, dtype, place[1] // dtype.itemsize, place[0]).reshape(tensor.dims)
 
     def dequantized(self) -> list[np.ndarray]:
-        """Every packed weight as float32 [out, in], as the documentation of the two operators says."""
-        tables = [(node.input[0], node.input[2], node) for node in self.nodes("GatherBlockQuantized")]
-        linears = [(node.input[1], node.input[2], node) for node in self.nodes("MatMulNBits")]
-        return [self._dequantized(packed, scale, _bits(node)) for packed, scale, node in tables + linears]
+        """Every packed weight as float32 [out, in], as the documentation of the operators says."""
+        tables = [(node.input[0], node) for node in self.nodes("GatherBlockQuantized")]
+        linears = [(node.input[1], node) for node in self.nodes("MatMulNBits")]
+        found = [self._dequantized(packed, node) for packed, node in tables + linears]
+        return found + [self._looked_up(node) for node in self.nodes("MatMulBnb4")]
 
-    def _dequantized(self, packed: str, scale: str, bits: int) -> np.ndarray:
-        """Low nibble first, less 2^(bits-1), times the scale of the block."""
-        codes, scales = self.array(packed), self.array(scale)
+    def _dequantized(self, packed: str, node: onnx.NodeProto) -> np.ndarray:
+        """Low nibble first, less the zero point or 2^(bits-1), times the scale of the block."""
+        bits, codes, scales = _option(node, "bits"), self.array(packed), self.array(node.input[2])
         codes = codes.reshape(len(codes), -1)
-        if bits == 4:
-            codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
-        blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (bits - 1)
-        return (blocks * scales[..., None]).reshape(codes.shape)
+        codes = _nibbles(codes) if bits == 4 else codes
+        zero: np.ndarray | int = 2 ** (bits - 1)
+        if len(node.input) > 3 and node.input[3]:
+            zero = self.array(node.input[3])
+            zero = (_nibbles(zero)[:, : scales.shape[1]] if bits == 4 else zero).astype(np.float32)[..., None]
+        blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - zero
+        return self._in_order((blocks * scales[..., None]).reshape(codes.shape), node)
+
+    def _looked_up(self, node: onnx.NodeProto) -> np.ndarray:
+        """High nibble first, a position in bitsandbytes' own table of NF4, times the scale of the block."""
+        from bitsandbytes.functional import get_4bit_type
+
+        codes, shape = self.array(node.input[1]), (_option(node, "N"), _option(node, "K"))
+        book = get_4bit_type("nf4", device="cpu").numpy()
+        values = book[np.stack([codes >> 4, codes & 15], axis=-1).reshape(-1, _option(node, "block_size"))]
+        return (values * self.array(node.input[2])[:, None]).reshape(shape)
+
+    def _in_order(self, weight: np.ndarray, node: onnx.NodeProto) -> np.ndarray:
+        """Columns as the model's own features stand, which a Gather before the operator may reorder."""
+        gather = next((other for other in self.nodes("Gather") if other.output[0] == node.input[0]), None)
+        return weight if gather is None else weight[:, np.argsort(self.array(gather.input[1]))]
 
 
-def _bits(node: onnx.NodeProto) -> int:
-    return next(attribute.i for attribute in node.attribute if attribute.name == "bits")
+def _nibbles(codes: np.ndarray) -> np.ndarray:
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+
+
+def _option(node: onnx.NodeProto, name: str) -> int:
+    return next(attribute.i for attribute in node.attribute if attribute.name == name)
 
 
 def bundle_weights(bundle: Path) -> dict[str, np.ndarray]:

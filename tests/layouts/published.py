@@ -7,6 +7,7 @@ from their published formats, one value at a time, which no code of ours does.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,7 +36,7 @@ def weights(rows: int, columns: int, shift: float = 0.0) -> Tensor:
 
 
 def compressed_tensors(module: str, weight: Tensor, bits: int, group: int, symmetric: bool, form: str) -> Published:
-    """group 0: one scale a row. Values as the library decompresses them, from fp32 scales."""
+    """group 0: one scale a row. Values as the library decompresses them, from scales in fp32 that bf16 holds too."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -47,7 +48,7 @@ def compressed_tensors(module: str, weight: Tensor, bits: int, group: int, symme
     scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry(form)
-    state = {"weight": weight, "weight_scale": scale.float(), "weight_zero_point": zero.to(torch.int8)}
+    state = {"weight": weight, "weight_scale": scale.bfloat16().float(), "weight_zero_point": zero.to(torch.int8)}
     stored = compressor.compress(state, scheme)
     back = compressor.decompress(stored, scheme)["weight"]
     tensors = {f"{module}.{name}": tensor.contiguous() for name, tensor in stored.items()}
@@ -108,9 +109,11 @@ def torchao(module: str, weight: Tensor, bits: int, group: int, symmetric: bool)
 # ── GPTQ and AWQ, value by value ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _random(rows: int, columns: int, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _random(
+    module: str, rows: int, columns: int, bits: int, group: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """codes [out, in], scale fp16 [out, groups], zero points [out, groups], all from 0."""
-    draw = torch.Generator().manual_seed(bits * group)
+    draw = torch.Generator().manual_seed(zlib.crc32(module.encode()))
     groups = columns // group
     codes = torch.randint(0, 2**bits, (rows, columns), generator=draw)
     scale = (torch.rand(rows, groups, generator=draw) * 0.02 + 0.001).half()
@@ -141,7 +144,7 @@ def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor, index: Tensor) -> n
 def gptq(
     module: str, rows: int, columns: int, bits: int, group: int, symmetric: bool, act_order: bool, form: str
 ) -> Published:
-    codes, scale, zero = _random(rows, columns, bits, group, symmetric)
+    codes, scale, zero = _random(module, rows, columns, bits, group, symmetric)
     index = torch.arange(columns) // group
     if act_order:
         index = index[torch.randperm(columns, generator=torch.Generator().manual_seed(0))]
@@ -163,7 +166,7 @@ def awq(module: str, rows: int, columns: int, group: int) -> Published:
     """AutoAWQ packs column order_map[i] = (0, 2, 4, 6, 1, 3, 5, 7)[i] of eight at bit 4 i."""
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     places = tuple(order.index(column) for column in range(8))
-    codes, scale, zero = _random(rows, columns, 4, group, False)
+    codes, scale, zero = _random(module, rows, columns, 4, group, False)
     tensors = {
         f"{module}.qweight": _words(codes.T.tolist(), 4, places),
         f"{module}.qzeros": _words(zero.T.tolist(), 4, places),
