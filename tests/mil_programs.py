@@ -41,12 +41,25 @@ def placeholder(array: np.ndarray) -> Any:
     return Placeholder(array.shape, types.numpy_type_to_builtin_type(array.dtype))
 
 
+def state(array: np.ndarray) -> Any:
+    """A state of this array's shape and type."""
+    mb = operators()
+    from coremltools.converters.mil.mil import types
+
+    return mb.state_tensor_placeholder(array.shape, types.numpy_type_to_builtin_type(array.dtype))
+
+
 def save(
-    path: Path, inputs: Mapping[str, np.ndarray], body: Body, system: str = "iOS18", precision: str = "float32"
+    path: Path,
+    inputs: Mapping[str, np.ndarray],
+    body: Body,
+    system: str = "iOS18",
+    precision: str = "float32",
+    states: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """A package of one function, its operations as they are; with "float16" each of them in that precision.
 
-    `body` takes the builder and the inputs' variables and returns the outputs by name.
+    `body` takes the builder and the variables of inputs and states, and returns the outputs by name.
     """
     mb = operators()
     import coremltools as ct
@@ -54,7 +67,9 @@ def save(
 
     target = getattr(ct.target, system)
     program = Program()
-    with quiet(), Function({n: placeholder(a) for n, a in inputs.items()}, opset_version=target) as function:
+    takes = {name: placeholder(array) for name, array in inputs.items()}
+    takes |= {name: state(array) for name, array in (states or {}).items()}
+    with quiet(), Function(takes, opset_version=target) as function:
         outputs = [mb.identity(x=value, name=name) for name, value in body(mb, function.inputs).items()]
         function.set_outputs(outputs)
         program.add_function("main", function)
@@ -84,3 +99,16 @@ def inferred(inputs: Mapping[str, np.ndarray], body: Body) -> dict[str, np.ndarr
 def results(result: Any) -> Sequence[Any]:
     """One result or several as a list."""
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def convert(path: Path, model: Any, example: Sequence[Any], system: str = "iOS18", **options: Any) -> Path:
+    """A traced torch model, as coremltools converts it with all of its usual passes."""
+    import coremltools as ct
+    import torch
+
+    with quiet(), torch.no_grad():
+        traced = torch.jit.trace(model.eval(), tuple(example), check_trace=False)
+        target = getattr(ct.target, system)
+        converted = ct.convert(traced, minimum_deployment_target=target, skip_model_load=True, **options)
+        converted.save(str(path))
+    return path
