@@ -128,9 +128,11 @@ def export(
 ) -> None:
     """Lower a bundle into a package. The old package, if any, is replaced only when the new one is complete."""
     with reporting(debug), progress() as say:
-        from calora_export import pipeline
+        from calora_export import fitness, pipeline
 
         package = pipeline.export(bundle, out_dir, recipe, say, device)
+        for line in fitness.check(device, out_dir) if device is not None else ():
+            err.print(f"note: {line}", markup=False)
         size = sum(entry.size for entry in package.manifest.files.values())
         changed = package.manifest.represented
         if json:
@@ -390,7 +392,16 @@ def show_coreml(view: CoremlView) -> None:
             ]
         )
     out.print()
-    show_rows([{"device": name, "suits": "; ".join(found) or "yes"} for name, found in view.devices.items()])
+    show_rows(
+        [
+            {
+                "device": name,
+                "suits": "no" if verdict.problems else "yes",
+                "": "; ".join((*verdict.problems, *verdict.warnings)),
+            }
+            for name, verdict in view.devices.items()
+        ]
+    )
 
 
 def explain(finding: Finding) -> str:

@@ -22,7 +22,7 @@ from msgspec import Struct
 from calora_export import mil_program, mlpackage, neural_engine, profiles
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 from calora_export.mil_program import VIEWS, Function, Operation
-from calora_export.neural_engine import Finding
+from calora_export.neural_engine import STATE_WIDTH, Finding
 from calora_export.profiles import Profile
 
 # Specification version → the oldest systems that load it; Model.proto of coremltools 9 says so.
@@ -59,6 +59,13 @@ class Fitness(Struct, frozen=True):
     memory: int
 
 
+class Verdict(Struct, frozen=True):
+    """What a profile says of a package, one line each: problems keep it from running, warnings do not."""
+
+    problems: list[str]
+    warnings: list[str]
+
+
 def read(package: Path) -> Fitness:
     """Look at a saved .mlpackage; PackageError when it is not one."""
     spec, functions = mil_program.read(package)
@@ -91,9 +98,15 @@ def of_package(directory: Path) -> dict[str, Fitness]:
     return {path.name: read(path) for path in sorted(directory.glob("*.mlpackage"))}
 
 
-def problems(parts: Mapping[str, Fitness], profile: Profile, device: str) -> list[str]:
-    """Why a package does not run on a device, one line each; empty when nothing that is known speaks against it."""
-    found = []
+def judge(parts: Mapping[str, Fitness], profile: Profile, device: str) -> Verdict:
+    """Hold what the parts of a package need against what is known of a device."""
+    return Verdict(_problems(parts, profile, device), _warnings(parts, profile, device))
+
+
+def _problems(parts: Mapping[str, Fitness], profile: Profile, device: str) -> list[str]:
+    found: list[str] = []
+    if not parts:
+        return found
     if "coreml" not in profile.targets:
         found.append(mismatch(device, "targets", "coreml among them", ", ".join(profile.targets)))
     system = "iOS" if profile.os == "iPadOS" else profile.os
@@ -108,17 +121,35 @@ def problems(parts: Mapping[str, Fitness], profile: Profile, device: str) -> lis
     return found
 
 
-def by_device(parts: Mapping[str, Fitness]) -> dict[str, list[str]]:
-    """Every profile of a device with Core ML, by name, and what speaks against it."""
+def _warnings(parts: Mapping[str, Fitness], profile: Profile, device: str) -> list[str]:
+    units = profile.compute_units or "all"
+    found = []
+    for name, part in parts.items():
+        found += [f"{name}: {line}" for line in part.warnings]
+        if units in ("all", "cpuAndNeuralEngine"):
+            found += [
+                f"{name}: {entry.reason} ({entry.source})" for entry in part.findings if entry.rule == STATE_WIDTH
+            ]
+        if units == "cpuAndNeuralEngine" and part.off_engine:
+            total = sum(part.operators.values())
+            found.append(
+                f"{name}: {part.off_engine} of {total} operators run on the CPU, as {device} leaves the GPU out"
+            )
+    return found
+
+
+def by_device(parts: Mapping[str, Fitness]) -> dict[str, Verdict]:
+    """Every profile of a device with Core ML, by name, and what it says."""
     known = {name: profile for name, profile in profiles.catalogue().items() if "coreml" in profile.targets}
-    return {name: problems(parts, profile, name) for name, profile in known.items()}
+    return {name: judge(parts, profile, name) for name, profile in known.items()}
 
 
-def check(device: str, directory: Path) -> None:
-    """Refuse a saved package that a device cannot load or hold; a package of another target has nothing to say here."""
-    parts = of_package(directory)
-    if parts and (found := problems(parts, profiles.load(device), device)):
-        raise UnsupportedError("; ".join(found))
+def check(device: str, directory: Path) -> list[str]:
+    """Refuse a saved package that a device cannot load or hold; else the warnings. Other targets have none here."""
+    verdict = judge(of_package(directory), profiles.load(device), device)
+    if verdict.problems:
+        raise UnsupportedError("; ".join(verdict.problems))
+    return verdict.warnings
 
 
 def peak(function: Function) -> int:

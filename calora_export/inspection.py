@@ -53,10 +53,10 @@ class BundleView(Struct, frozen=True, tag_field="kind", tag="bundle"):
 
 
 class CoremlView(Struct, frozen=True):
-    """What each .mlpackage needs, and by device profile what speaks against all of them together."""
+    """What each .mlpackage needs, and what every device profile says of all of them together."""
 
     parts: dict[str, fitness.Fitness]
-    devices: dict[str, list[str]]
+    devices: dict[str, fitness.Verdict]
 
 
 class PackageView(Struct, frozen=True, tag_field="kind", tag="package"):

@@ -22,6 +22,7 @@ LOOKUPS = ("gather", "gather_along_axis", "gather_nd", "topk")
 RECURRENT = ("lstm", "gru", "rnn")
 DEEPEST = 16_384
 WIDTH = 32
+STATE_WIDTH = "state width"
 
 
 class Finding(Struct, frozen=True):
@@ -195,7 +196,7 @@ RULES = (
         _depth,
     ),
     _Rule(
-        "state width",
+        STATE_WIDTH,
         "observed",
         f"a state's last dimension is no multiple of {WIDTH}, with which models failed on the Neural Engine",
         "github.com/apple/coremltools/issues/2631",

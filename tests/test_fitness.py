@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from calora_export.errors import PackageError, UnsupportedError
 from calora_export.fitness import Fitness
 from calora_export.profiles import Profile
 from tests.bundles import HEADS, HIDDEN, KV_HEADS, LAYERS
+
+if importlib.util.find_spec("coremltools") is None:
+    pytest.skip("the coreml extra is not installed", allow_module_level=True)
 
 MB = 2**20
 
@@ -259,18 +263,18 @@ def phone(**changes: Any) -> Profile:
 
 def test_a_device_that_suits_has_no_problems(made: Path) -> None:
     parts = {"model.mlpackage": look(made, "decoder")}
-    assert fitness.problems(parts, phone(), "phone") == []
-    assert fitness.problems(parts, phone(os="macOS", os_floor="15"), "mac") == []
-    assert fitness.problems(parts, Profile("apple", "d", ("coreml",)), "unknown") == []
+    assert fitness.judge(parts, phone(), "phone").problems == []
+    assert fitness.judge(parts, phone(os="macOS", os_floor="15"), "mac").problems == []
+    assert fitness.judge(parts, Profile("apple", "d", ("coreml",)), "unknown").problems == []
 
 
 def test_an_older_system_is_a_problem(made: Path) -> None:
     parts = {"router.mlpackage": look(made, "chain32"), "model.mlpackage": look(made, "decoder")}
     expected = ["phone: os_floor: expected iOS 18 or newer, found 17.6"]
-    assert fitness.problems(parts, phone(os_floor="17.6"), "phone") == expected
-    [line] = fitness.problems(parts, phone(os="iPadOS", os_floor="9"), "pad")
+    assert fitness.judge(parts, phone(os_floor="17.6"), "phone").problems == expected
+    [line] = fitness.judge(parts, phone(os="iPadOS", os_floor="9"), "pad").problems
     assert line == "pad: os_floor: expected iPadOS 18 or newer, found 9"
-    assert fitness.problems({"r": parts["router.mlpackage"]}, phone(os_floor="17.0"), "phone") == []
+    assert fitness.judge({"r": parts["router.mlpackage"]}, phone(os_floor="17.0"), "phone").problems == []
 
 
 def test_all_parts_must_fit_at_once(made: Path) -> None:
@@ -278,11 +282,11 @@ def test_all_parts_must_fit_at_once(made: Path) -> None:
     sizes = {"weights": MB, "states": MB // 2, "inputs": MB // 4, "activations": MB // 4, "memory": 2 * MB}
     large = Fitness(**{name: getattr(one, name) for name in one.__struct_fields__} | sizes)
     parts = {"model.mlpackage": large, "router.mlpackage": large}
-    assert fitness.problems(parts, phone(memory_mb=4), "phone") == []
+    assert fitness.judge(parts, phone(memory_mb=4), "phone").problems == []
     shares = "weights 2.0, states 1.0, inputs 0.5, activations 0.5"
     expected = [f"phone: memory_mb: expected at most 3 MB, found 4.0 MB ({shares})"]
-    assert fitness.problems(parts, phone(memory_mb=3), "phone") == expected
-    [line] = fitness.problems(parts, phone(memory_mb=None, ram_mb=3), "phone")
+    assert fitness.judge(parts, phone(memory_mb=3), "phone").problems == expected
+    [line] = fitness.judge(parts, phone(memory_mb=None, ram_mb=3), "phone").problems
     assert line.startswith("phone: ram_mb: expected at most 3 MB")
 
 
@@ -292,24 +296,39 @@ def test_a_state_beside_mixed_inputs_is_warned_of(made: Path) -> None:
         assert look(made, name).warnings == []
 
 
+@pytest.mark.parametrize(
+    ("units", "lines"), [(None, 1), ("all", 1), ("cpuAndNeuralEngine", 2), ("cpuAndGPU", 0), ("cpuOnly", 0)]
+)
+def test_the_engine_matters_where_it_may_be_used(made: Path, units: Any, lines: int) -> None:
+    verdict = fitness.judge({"model.mlpackage": look(made, "odd")}, phone(compute_units=units), "phone")
+    expected = [
+        "model.mlpackage: a state's last dimension is no multiple of 32, with which models failed on the Neural Engine "
+        "(github.com/apple/coremltools/issues/2631)",
+        f"model.mlpackage: 7 of {sum(look(made, 'odd').operators.values())} operators run on the CPU, "
+        "as phone leaves the GPU out",
+    ]
+    assert verdict == fitness.Verdict([], expected[:lines])
+
+
 def test_a_package_is_checked_as_a_whole(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(made / "chain32.mlpackage", tmp_path / "router.mlpackage")
     shutil.copytree(made / "decoder.mlpackage", tmp_path / "model.mlpackage")
     assert set(fitness.of_package(tmp_path)) == {"model.mlpackage", "router.mlpackage"}
-    fitness.check("iphone-15-pro", tmp_path)
+    assert fitness.check("iphone-15-pro", tmp_path) == [f"model.mlpackage: {fitness.MIXED}"]
     monkeypatch.setattr(profiles, "load", lambda name: phone(os_floor="17.0", targets=("onnx",)))
     with pytest.raises(UnsupportedError) as caught:
         fitness.check("phone", tmp_path)
     assert str(caught.value) == (
         "phone: targets: expected coreml among them, found onnx; phone: os_floor: expected iOS 18 or newer, found 17.0"
     )
-    fitness.check("phone", tmp_path / "nothing")
+    assert fitness.check("phone", tmp_path / "nothing") == []
 
 
 def test_every_apple_profile_is_compared(made: Path) -> None:
     devices = fitness.by_device({"model.mlpackage": look(made, "decoder")})
     assert {"iphone-15-pro", "iphone-16", "ipad-air-m2", "ipad-pro-m4", "mac-m1", "mac-m4"} <= set(devices)
-    assert "host" not in devices and not any(devices.values())
+    assert "host" not in devices
+    assert all(verdict == fitness.Verdict([], [f"model.mlpackage: {fitness.MIXED}"]) for verdict in devices.values())
 
 
 # ── a real export ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,7 +375,7 @@ def test_an_export_shows_its_fitness(exported: Callable[[str], Path]) -> None:
     view = inspection.inspect(path)
     assert isinstance(view, inspection.PackageView) and view.coreml is not None and view.router is not None
     assert view.coreml.parts == {name: fitness.read(path / name) for name in ("model.mlpackage", "router.mlpackage")}
-    assert view.coreml.devices["iphone-15-pro"] == []
+    assert view.coreml.devices["mac-m4"] == fitness.Verdict([], [])
     assert view.coreml.parts["model.mlpackage"].warnings == []  # every input is of a range
     stored = [file.stat().st_size for file in (path / "router.mlpackage").rglob("*") if file.is_file()]
     assert view.router.bytes == sum(stored)
