@@ -68,15 +68,14 @@ def _xnnpack(module: str, weight: PackedWeight) -> PackedWeight:
 
 
 def _coreml(module: str, weight: PackedWeight) -> PackedWeight:
-    """constexpr_blockwise_shift_scale (iOS 18): 4 or 8 bits in groups of any size, scales in fp16, to which others are
-    rounded. What our lowering does not write is refused: zero points, codebooks, orders.
+    """constexpr_blockwise_shift_scale and constexpr_lut_to_dense (iOS 18): 4 or 8 bits, zero points and codebooks, in
+    groups of any size; scales and codebooks in fp16, to which others are rounded.
     """
-    more = {"zero points": weight.zero, "a codebook": weight.codebook, "an activation order": weight.order}
-    if found := [name for name, part in more.items() if part is not None]:
-        hint = f"use {EXACT['coreml']}"
-        raise UnsupportedError(mismatch(module, "weight", "symmetric groups in order", " and ".join(found), hint))
     scale = _half(module, weight.scale)
-    return weight if scale is weight.scale else replace(weight, scale=scale)
+    codebook = None if weight.codebook is None else _half(module, weight.codebook)
+    if scale is weight.scale and codebook is weight.codebook:
+        return weight
+    return replace(weight, scale=scale, codebook=codebook)
 
 
 def _half(module: str, array: np.ndarray) -> np.ndarray:

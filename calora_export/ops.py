@@ -13,9 +13,13 @@ such, zero points int8 [out, in / group], a codebook [codes] that the values are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+BLOCK = 4096  # rows
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
@@ -28,6 +32,14 @@ def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None, codebo
     if zero is not None:
         grouped = grouped - zero.float().unsqueeze(-1)
     return (grouped * scale.float().unsqueeze(-1)).view(out, columns)
+
+
+def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, codebook: Tensor | None) -> Iterator[Tensor]:
+    """`dequantize`, BLOCK rows at a time: a large vocabulary's head takes no memory to speak of."""
+    for start in range(0, len(weight), BLOCK if scale.numel() else len(weight)):
+        held = [part if part is None or not part.numel() else part[start : start + BLOCK] for part in (scale, zero)]
+        rows = weight[start : start + BLOCK] if scale.numel() else weight
+        yield dequantize(rows, held[0], held[1], codebook)  # type: ignore[arg-type]
 
 
 def round_activations(x: Tensor, kind: str, block: int) -> Tensor:
@@ -85,7 +97,8 @@ def linears(
         seen = x if order is None else x[..., order]
         if scale.numel() and codebook is None:  # kernels that look values up read x as it is
             seen = round_activations(seen, activations, x.shape[-1] // scale.shape[1])
-        ys.append(F.linear(seen, dequantize(weight, scale, zero, codebook), bias if bias.numel() else None))
+        y = torch.cat([F.linear(seen, rows) for rows in _row_blocks(weight, scale, zero, codebook)], dim=-1)
+        ys.append(y + bias if bias.numel() else y)
     for index, down, up in zip(slotted, downs, ups, strict=True):
         rows = F.linear(x, down)
         rows = torch.where(recovery, F.gelu(rows), rows) * gate

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Var, types
 from torch.fx import Node
@@ -163,7 +162,8 @@ class _Lowering:
         deltas = self._deltas(x, _nodes.slot_sites(self.roles, node))
         for i, weight in enumerate(weights):
             bias = _constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
-            y = mb.linear(x=x, weight=self._weight(weight), bias=bias, name=_label(weight.name))
+            seen = x if weight.order is None else mb.gather(x=x, indices=weight.order.numpy().astype(np.int32), axis=-1)
+            y = mb.linear(x=seen, weight=self._weight(weight), bias=bias, name=_label(weight.name))
             self.values[node, i] = mb.add(x=y, y=deltas[i]) if i in deltas else y
 
     def _weight(self, weight: Weight) -> Var:
@@ -216,9 +216,8 @@ class _Lowering:
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
     def lower_embedding(self, node: Node) -> None:
-        values, scale = (self.roles[_nodes.node(arg).name] for arg in node.args[1:])
-        weight = Weight(_nodes.short(values), self.graph.tensors[values], self.graph.tensors[scale], torch.zeros(0))
-        self.values[node, 0] = mb.gather(x=self._weight(weight), indices=self.value(node.args[0]), axis=0)
+        weight = self._weight(_nodes.table(self.graph, self.roles, node))
+        self.values[node, 0] = mb.gather(x=weight, indices=self.value(node.args[0]), axis=0)
 
     def lower_rms_norm(self, node: Node) -> None:
         """x / m · rsqrt(mean((x / m)²) + eps / m²) · weight with m = max|x|: squares stay in the range of float16."""
@@ -395,10 +394,16 @@ def _constant(name: str, values: np.ndarray) -> Var:
 
 
 def _packed(weight: Weight) -> Var:
-    integers = weight.values.numpy()
-    data = integers.astype(types.np_int4_dtype) if weight.bits == 4 else integers
-    scale = weight.scale.numpy().astype(HALF)
-    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=_label(f"{weight.name}.q"))
+    """The bundle's integers, zero points and scales; or its codebook's positions, and a scale for what they mean."""
+    label, scale = _label(weight.name), weight.scale.numpy().astype(HALF)
+    if weight.codebook is not None:
+        positions = weight.values.numpy().view(types.np_uint4_dtype)
+        codebook = weight.codebook.numpy().astype(HALF).reshape(1, 1, -1, 1)
+        looked_up = mb.constexpr_lut_to_dense(indices=positions, lut=codebook, name=f"{label}_positions")
+        return mb.constexpr_blockwise_shift_scale(data=looked_up, scale=scale, name=f"{label}_q")
+    dtype = types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
+    data, offset = (None if part is None else part.numpy().view(dtype) for part in (weight.values, weight.zero))
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset, name=f"{label}_q")
 
 
 def _label(name: str) -> str:
