@@ -11,9 +11,9 @@ from calora_export import importers
 TESTS = Path(__file__).parent.parent
 PAGE = (TESTS.parent / "docs" / "importing.md").read_text()
 SYSTEMS = (
-    "CA-LoRA", "DLP-LoRA", "LoRA Land", "LoRAX", "S-LoRA", "LoraRetriever", "RAMoLE", "Compress-then-Serve", "LoRA-Flow",
-    "NOLA", "LLM-Pruner", "MTL-LoRA", "ShareLoRA", "LLaVA-MoLE", "Chain of LoRA", "XGBLoRA", "FLoRA", "MultiLoRA",
-    "LoRA-RITE", "DoRA",
+    "CA-LoRA", "DLP-LoRA", "LoRA Land", "LoRAX", "S-LoRA", "LoraRetriever", "RAMoLE", "Compress-then-Serve",
+    "LoRA-Flow", "NOLA", "LLM-Pruner", "MTL-LoRA", "ShareLoRA", "LLaVA-MoLE", "Chain of LoRA", "XGBLoRA",
+    "FLoRA", "MultiLoRA", "LoRA-RITE", "DoRA",
 )  # fmt: skip
 
 
