@@ -88,10 +88,11 @@ class Shell:
         """What is said when a script did not reach its end."""
         hint = self.hint(reason)
         reason = reason.removeprefix("error: ").removeprefix("adb: ").removeprefix("ssh: ")
-        return DeviceError(f"{self.name}: {step}: the connection ended: {reason}" + (f" ({hint})" if hint else ""))
+        what = "no connection" if step == FIRST else "the connection ended"
+        return DeviceError(f"{self.name}: {step}: {what}: {reason}" + (f" ({hint})" if hint else ""))
 
 
-END = "calora-export:"
+FIRST, END = "connect", "calora-export:"
 
 
 def _closed(script: str) -> str:
@@ -166,7 +167,7 @@ def _look(shell: Shell) -> Facts:
     missing = f"for tool in {' '.join(TOOLS)}; do command -v $tool >/dev/null || echo $tool; done"
     android = "command -v getprop >/dev/null && for key in product.model build.version.release boot.qemu kernel.qemu; "
     android += 'do echo "$(getprop ro.$key)"; done; true'
-    said = shell.call("connect", f"uname -s; uname -m; echo tools: $({missing}); {android}").decode(errors="replace")
+    said = shell.call(FIRST, f"uname -s; uname -m; echo tools: $({missing}); {android}").decode(errors="replace")
     lines = [line.strip() for line in said.splitlines()]
     tools = next((i for i, line in enumerate(lines) if line.startswith("tools:")), 0)
     if tools < 2:

@@ -66,7 +66,7 @@ def advice(state: str) -> str:
 
 def listed(adb: str) -> dict[str, str]:
     """What `adb devices` says; `no permissions` is the only state of two words."""
-    lines = [line.split() for line in _adb(adb, "devices").splitlines()]
+    lines = [line.split() for line in _adb(adb, "devices").splitlines() if line.strip()]
     return {
         serial: " ".join(state[:2] if state[0] == "no" else state[:1])
         for serial, *state in lines

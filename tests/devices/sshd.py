@@ -1,4 +1,4 @@
-"""A real sshd on loopback, with keys and a configuration of its own; nothing of the user's ~/.ssh is read or written."""
+"""A real sshd on loopback, with keys and a configuration of its own; the user's ~/.ssh is neither read nor written."""
 
 from __future__ import annotations
 

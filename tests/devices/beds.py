@@ -1,0 +1,105 @@
+"""Devices to break: one of each transport, and how to hurt it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.devices.phone import Phone
+from tests.devices.sshd import Sshd
+
+
+class Bed(Protocol):
+    """device: what `--device` is given; place: the directory that it holds there, as this machine sees it."""
+
+    device: str
+    place: Path
+
+    def cut(self) -> None:
+        """End every connection, as a pulled cable does."""
+        ...
+
+    def back(self) -> None:
+        """After `cut`: it can be reached again."""
+        ...
+
+    def small(self, patch: pytest.MonkeyPatch) -> Path:
+        """From now on its directory is on a file system of 4 MB; where, as this machine sees it, or else nowhere."""
+        ...
+
+    def readonly(self, patch: pytest.MonkeyPatch) -> None:
+        """From now on its directory is on a file system that cannot be written."""
+        ...
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listing.split()]
+
+
+class SshBed:
+    def __init__(self, server: Sshd, place: Path) -> None:
+        self.device = f"ssh:{server.address}"
+        self.place = place / "calora-export-device"
+        self._server, self._parent = server, place.parent
+
+    def cut(self) -> None:
+        for session in children(self._server.process.pid):
+            for worker in [session, *children(session)]:
+                if b"sshd" in Path(f"/proc/{worker}/cmdline").read_bytes():
+                    os.kill(worker, signal.SIGKILL)
+
+    def back(self) -> None:
+        """Only the sessions were killed."""
+
+    def small(self, patch: pytest.MonkeyPatch) -> Path:
+        return self._mounted("size=4m", patch)
+
+    def readonly(self, patch: pytest.MonkeyPatch) -> None:
+        self._mounted("ro", patch)
+
+    def _mounted(self, options: str, patch: pytest.MonkeyPatch) -> Path:
+        point = self._parent / "mounted"
+        point.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(point)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("this user may not mount")
+        patch.setenv("CALORA_DEVICE_DIR", str(point))
+        return point
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "-l", str(self._parent / "mounted")], capture_output=True)
+
+
+class AdbBed:
+    def __init__(self, phone: Phone) -> None:
+        self.device = f"adb:{phone.serial}"
+        self.place = phone.root / "data" / "local" / "tmp" / "calora-export"
+        self._phone = phone
+
+    def cut(self) -> None:
+        self._phone.kill()
+
+    def back(self) -> None:
+        self._phone.start()
+
+    def small(self, patch: pytest.MonkeyPatch) -> Path:
+        patch.setenv("CALORA_DEVICE_DIR", "/mnt/full")
+        return self._phone.root / "mnt" / "full"  # of this machine's view: always empty
+
+    def readonly(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setenv("CALORA_DEVICE_DIR", "/mnt/readonly")

@@ -1,0 +1,76 @@
+"""A phone of phone.sh, and an adb server of its own that knows it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.devices.sshd import free_port
+
+SCRIPT = Path(__file__).with_name("phone.sh")
+
+
+class Phone:
+    """adbd on a port of this machine. root: its files, as this machine sees them."""
+
+    def __init__(self, directory: Path, cpu: str) -> None:
+        self.root, self.cpu, self.port = directory / "root", cpu, free_port()
+        self._directory = directory
+        self.start()
+
+    @property
+    def serial(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = ["bash", str(SCRIPT), "run", str(self._directory), str(self.port)]
+        with (self._directory / "log").open("ab") as log:
+            environment = {**os.environ, "QEMU_CPU": self.cpu}
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        for _ in range(50):
+            subprocess.run(["adb", "disconnect", self.serial], capture_output=True)
+            subprocess.run(["adb", "connect", self.serial], capture_output=True)
+            done = subprocess.run(["adb", "-s", self.serial, "shell", "uname", "-m"], capture_output=True, text=True)
+            if done.stdout.strip() == "aarch64":
+                return
+            time.sleep(0.2)
+        raise AssertionError((self._directory / "log").read_text())
+
+    def kill(self) -> None:
+        """adbd alone: what it started lives on."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+
+def missing() -> str | None:
+    """What this machine lacks to run a phone."""
+    for program in ("adb", "apt-get", "unshare"):
+        if shutil.which(program) is None:
+            return program
+    if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True).returncode:
+        return "user namespaces"
+    return None
+
+
+def make(directory: Path) -> Path:
+    """Unpack the phone's files, once."""
+    if not (directory / "ready").is_file():
+        subprocess.run(["bash", str(SCRIPT), "make", str(directory)], check=True)
+    return directory
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """An adb server; it goes away with what it knows."""
+    port = str(free_port())
+    environment = {**os.environ, "ANDROID_ADB_SERVER_PORT": port}
+    try:
+        yield port
+    finally:
+        subprocess.run(["adb", "kill-server"], env=environment, capture_output=True)

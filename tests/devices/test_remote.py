@@ -1,0 +1,337 @@
+"""Jobs on real devices, `ssh:` into a real sshd and `adb:` into a real adbd on emulated arm64; and what breaks there.
+
+Every fault is a real one. Each ends in one line that names the device and the step, leaves nothing on the device, and
+a re-run works.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calora_export import devices, native, pipeline
+from calora_export import package as packages
+from calora_export.adapters import Adapter
+from calora_export.devices import _remote, host
+from calora_export.errors import DeviceError
+from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
+from calora_export.package import Package
+from calora_export.runtimes import onnx
+from tests.conftest import Export
+from tests.devices.beds import AdbBed, Bed, SshBed, wait_for
+from tests.devices.phone import Phone
+from tests.packages import copy_package
+
+IDS = tuple(range(40, 60))
+SMALL = Job(threads=1, cases=(Case("base", {}, IDS, 16), Case("mix", {"alpha": 0.7, "beta": -0.4}, IDS, 16)))
+ENDLESS = Job(threads=1, timing=Timing("alpha", "beta", IDS, decode=100, rounds=10**6, swaps=1))
+
+
+@pytest.fixture
+def opened(package: Path) -> Package:
+    return packages.load(package)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_remote, "LINGER_S", 1)
+
+
+def fault(bed: Bed, package: Package, step: str, job: Job = SMALL) -> str:
+    """What a run that fails says, without the device and the step."""
+    with pytest.raises(DeviceError) as caught:
+        devices.run(bed.device, package, job)
+    return said(bed, str(caught.value), step)
+
+
+def said(bed: Bed, line: str, step: str) -> str:
+    assert "\n" not in line and line.startswith(f"{bed.device}: {step}: "), line
+    return line.removeprefix(f"{bed.device}: {step}: ")
+
+
+def works(bed: Bed, package: Package) -> None:
+    """A re-run works, and its package stays for the next one."""
+    made, expected = devices.run(bed.device, package, SMALL), host.answer(package, SMALL)
+    distance = np.linalg.norm(made.logits["mix"] - expected.logits["mix"])
+    assert distance < 0.05 * np.linalg.norm(expected.logits["mix"])
+    assert {path.name for path in bed.place.iterdir()} == {"runner", "package"}
+
+
+class Running:
+    """A job that does not end by itself, in a thread."""
+
+    def __init__(self, bed: Bed, package: Package) -> None:
+        self.line = ""
+        self._thread = threading.Thread(target=self._run, args=(bed.device, package))
+        self._thread.start()
+        file = bed.place / "job" / "pid"
+        wait_for(lambda: (file.is_file() and file.read_text().endswith("\n")) or not self._thread.is_alive(), 300)
+        assert self._thread.is_alive(), self.line
+        self.pid = int(file.read_text())
+
+    def _run(self, device: str, package: Package) -> None:
+        try:
+            devices.run(device, package, ENDLESS)
+        except DeviceError as error:
+            self.line = str(error)
+
+    def end(self) -> str:
+        self._thread.join(120)
+        assert not self._thread.is_alive()
+        return self.line
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+# ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("recipe", ["onnx-int4", "executorch-8da4w"])
+def test_a_package_is_validated_over_there(tiny: Path, exported: Export, tmp_path: Path, bed: Bed, recipe: str) -> None:
+    """Base, every adapter, the mix, the router's own choices, safety, tasks: as on the host."""
+    copy = copy_package(exported(recipe), tmp_path / "package")
+    report = pipeline.validate(copy, tiny, bed.device, lambda _: None)
+    assert report.passed, report.problems
+    cases = {row.case.partition(":")[0] for row in report.parity}
+    assert cases == {"base", "adapter", "mix", "route"}
+    emulated = bed.device.startswith("adb")
+    assert report.device.kind == bed.device.partition(":")[0]
+    assert report.device.emulated is emulated and (report.device.arch == "aarch64") is emulated
+    assert not bed.place.joinpath("job").exists()
+
+
+def test_everything_in_a_job_is_answered(opened: Package, bed: Bed, tmp_path: Path) -> None:
+    forged = tmp_path / "forged.onnx_adapter"
+    foreign = Adapter("foreign", None, 1, np.zeros(1, bool), {})
+    onnx.encode_adapter(foreign, opened.manifest.slots, "sha256:" + "5" * 64, forged)
+    job = Job(
+        threads=1,
+        cases=SMALL.cases,
+        routes=((65, 66, 67),),
+        completions=(Completion("alpha", (70, 71), 6),),
+        safety=Safety({"alpha": 1.0}, {"beta": 1.0}, IDS, str(forged)),
+        timing=Timing("alpha", "beta", IDS, decode=2, rounds=1, swaps=3),
+    )
+    answer = devices.run(bed.device, opened, job).answer
+    assert answer.safety == SafetyTrace(aba=True, fresh=True, stale=True, refused=True)
+    np.testing.assert_allclose(answer.gates, host.answer(opened, job).answer.gates, atol=1e-5)
+    assert len(answer.completions) == 1 and answer.timing is not None and answer.peak_rss > 1e6
+
+
+def test_only_what_changed_is_pushed(opened: Package, bed: Bed) -> None:
+    def pushed() -> list[str]:
+        lines: list[str] = []
+        devices.run(bed.device, opened, SMALL, lines.append)
+        return [line.split(": ")[1].split(" (")[0] for line in lines if line.startswith("pushing")]
+
+    everything = pushed()
+    assert {"calora_runner", "package.json", "model.onnx.data", "router.onnx"} <= set(everything)
+    assert pushed() == []
+    with (bed.place / "package" / "model.onnx.data").open("r+b") as file:  # a push that was cut off
+        file.truncate(1000)
+    (bed.place / "package" / "router.onnx").unlink()
+    (bed.place / "package" / "stranger").write_text("of another package")
+    assert sorted(pushed()) == ["model.onnx.data", "router.onnx"]
+    assert not (bed.place / "package" / "stranger").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("cpu", ["cortex-a53", "cortex-a76", "max"])
+@pytest.mark.parametrize("recipe", ["onnx-int4", "executorch-8da4w"])
+def test_the_demo_is_right_on_every_processor(
+    demo: Path, demo_package: Export, phone_on: Callable[[str], Phone], tmp_path: Path, cpu: str, recipe: str
+) -> None:
+    """What kernels see of a core decides which of them run: without dot products, with them, with SVE."""
+    bed = AdbBed(phone_on(cpu))
+    copy = copy_package(demo_package(recipe), tmp_path / "package")
+    report = pipeline.validate(copy, demo, bed.device, lambda _: None)
+    assert report.passed, report.problems
+    assert report.device.emulated and len([row for row in report.parity if row.case.startswith("adapter:")]) >= 8
+
+
+# ── it breaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_connection_ends_in_mid_run(opened: Package, bed: Bed) -> None:
+    """adbd killed; sshd's sessions killed. The runner does not run on, and after a while nothing is left."""
+    running = Running(bed, opened)
+    bed.cut()
+    assert said(bed, running.end(), "run").startswith("the connection ended")
+    wait_for(lambda: not bed.place.exists())
+    assert not is_running(running.pid)
+    bed.back()
+    works(bed, opened)
+
+
+def test_a_rerun_sends_only_the_rest(opened: Package, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device keeps what it has while its host may come back."""
+    monkeypatch.setattr(_remote, "LINGER_S", 300)
+    running = Running(bed, opened)
+    bed.cut()
+    running.end()
+    bed.back()
+    lines: list[str] = []
+    wait_for((bed.place / "orphan").exists)
+    devices.run(bed.device, opened, SMALL, lines.append)
+    assert [line for line in lines if line.startswith("pushing")] == []
+    assert {path.name for path in bed.place.iterdir()} == {"runner", "package"}
+
+
+def test_the_runner_crashes(opened: Package, bed: Bed) -> None:
+    running = Running(bed, opened)
+    os.kill(running.pid, signal.SIGSEGV)
+    assert said(bed, running.end(), "run") == "killed by SIGSEGV"
+    assert not bed.place.exists()
+    works(bed, opened)
+
+
+def test_the_runner_hangs(opened: Package, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(_remote, "LIMIT_S", 15)
+        running = Running(bed, opened)
+        os.kill(running.pid, signal.SIGSTOP)
+        assert said(bed, running.end(), "run") == "no answer after 15 s"
+    assert not bed.place.exists() and not is_running(running.pid)
+    works(bed, opened)
+
+
+def test_the_runner_refuses(opened: Package, bed: Bed) -> None:
+    job = Job(threads=1, cases=(Case("base", {"gamma": 1.0}, IDS, 16),))
+    assert fault(bed, opened, "run", job) == "package.json: adapters: expected one of alpha, beta, found gamma"
+    assert not bed.place.exists()
+
+
+def test_two_hosts_on_one_device(opened: Package, bed: Bed) -> None:
+    running = Running(bed, opened)
+    reason = fault(bed, opened, "lock")
+    assert reason.startswith("expected a free device, found ") and "at work" in reason
+    assert is_running(running.pid), "the first one is not disturbed"
+    os.kill(running.pid, signal.SIGKILL)
+    assert said(bed, running.end(), "run") == "killed by SIGKILL"
+    works(bed, opened)
+
+
+def test_the_device_is_full(opened: Package, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        place = bed.small(patch)
+        assert "No space left on device" in fault(bed, opened, "push")
+        assert list(place.iterdir()) == []
+    if isinstance(bed, SshBed):
+        bed.unmount()
+    works(bed, opened)
+
+
+def test_the_directory_cannot_be_written(opened: Package, bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        bed.readonly(patch)
+        assert "Read-only file system" in fault(bed, opened, "prepare")
+    if isinstance(bed, SshBed):
+        bed.unmount()
+    works(bed, opened)
+
+
+def test_a_push_is_cut_off(opened: Package, ssh_bed: SshBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream ends early although the connection stands."""
+    command = os.environ["CALORA_SSH_COMMAND"]
+    short = tmp_path / "ssh"
+    cut = f'head -c 200000 | {command} "$@"'
+    short.write_text(f'#!/bin/sh\ncase "$*" in *"tar -xzf"*) {cut};; *) {command} "$@";; esac\n')
+    short.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setenv("CALORA_SSH_COMMAND", str(short))
+        assert fault(ssh_bed, opened, "push")
+    assert not ssh_bed.place.exists()
+    works(ssh_bed, opened)
+
+
+def test_a_file_that_arrives_changed(opened: Package, ssh_bed: SshBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose storage lies: every file is there, one has other bytes."""
+    push = _remote._push
+
+    def damage(shell: _remote.Shell, directory: str, files: dict[str, Path], progress: devices.Progress) -> None:
+        push(shell, directory, files, progress)
+        if directory == "package":
+            (ssh_bed.place / "package" / "model.onnx.data").write_bytes(b"short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_remote, "_push", damage)
+        assert fault(ssh_bed, opened, "push").startswith("model.onnx.data: sha256: expected ")
+    assert not ssh_bed.place.exists()
+    works(ssh_bed, opened)
+
+
+def test_a_runner_for_another_processor(
+    opened: Package, ssh_bed: SshBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel refuses to start it: a 64-bit system on a processor that it is not for."""
+    whole = native.runner("onnx")
+    fake = tmp_path / "runner" / native.SYSTEM
+    fake.mkdir(parents=True)
+    loader = bytearray((whole.parent / native.SYSTEM / native.LOADERS[native.host_arch()]).read_bytes())
+    loader[18:20] = (0x5A5A).to_bytes(2, "little")  # e_machine: of no processor
+    (fake / native.LOADERS[native.host_arch()]).write_bytes(loader)
+    program = fake.parent / native.RUNNER
+    program.write_bytes(whole.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "runner", lambda *_: program)
+        assert "Exec format error" in fault(ssh_bed, opened, "run")
+    assert not ssh_bed.place.exists()
+    works(ssh_bed, opened)
+
+
+@pytest.mark.parametrize(
+    ("system", "arch"), [("Linux", "armv7l"), ("Darwin", "arm64"), ("Linux", "riscv64"), ("FreeBSD", "amd64")]
+)
+def test_a_device_without_a_runner(
+    opened: Package, ssh_bed: SshBed, monkeypatch: pytest.MonkeyPatch, system: str, arch: str
+) -> None:
+    monkeypatch.setattr(_remote, "_look", lambda _: _remote.Facts(system, arch, "", "", False))
+    expected = f"expected Linux or Android on aarch64 or x86_64, found {system} on {arch}"
+    assert fault(ssh_bed, opened, "system") == expected
+    assert not ssh_bed.place.exists()
+
+
+def test_a_target_without_a_runner(exported: Export, ssh_bed: SshBed) -> None:
+    package = packages.load(exported("torch-fp32"))
+    assert fault(ssh_bed, package, "target") == "expected one with a native runner, found torch"
+
+
+@pytest.mark.heavy
+def test_adbd_is_not_there(opened: Package, adb_bed: AdbBed) -> None:
+    adb_bed.cut()
+    with pytest.raises(DeviceError) as caught:
+        devices.run(adb_bed.device, opened, SMALL)
+    assert "\n" not in str(caught.value) and adb_bed.device in str(caught.value)
+    adb_bed.back()
+    works(adb_bed, opened)
+
+
+@pytest.mark.heavy
+def test_the_runtimes_functions_are_where_its_header_has_them(phone_files: Path, tmp_path: Path) -> None:
+    """The ONNX Runtime runner declares what it calls; a wrong place in the table would call another function."""
+    include = phone_files / "headers" / "usr" / "include" / "onnxruntime"
+    declared = Path(native.resources.target_dir("onnx")) / "runner" / "ort.h"
+    names = [line.split("(*")[1].split(")")[0] for line in declared.read_text().splitlines() if "(*" in line]
+    names = [name for name in names if name]
+    assert "Run" in names and "CreateLoraAdapter" in names and len(names) > 20
+    checks = "\n".join(
+        f"static_assert(offsetof(OrtApi, {name}) == offsetof(calora::ort::Api, {name}));" for name in names
+    )
+    source = tmp_path / "places.cpp"
+    source.write_text(f"#include <onnxruntime_c_api.h>\n#include <cstddef>\n#include <ort.h>\n{checks}\n")
+    command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{declared.parent}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
