@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from calora_export import fitness, inspection, mil_program, mlpackage, neural_engine, pipeline, profiles
+from calora_export import cli, fitness, inspection, mil_program, mlpackage, neural_engine, pipeline, profiles
 from calora_export.errors import PackageError, UnsupportedError
 from calora_export.fitness import Fitness
 from calora_export.profiles import Profile
@@ -380,6 +382,31 @@ def test_an_export_shows_its_fitness(exported: Callable[[str], Path]) -> None:
     stored = [file.stat().st_size for file in (path / "router.mlpackage").rglob("*") if file.is_file()]
     assert view.router.bytes == sum(stored)
     assert view.coreml.parts["model.mlpackage"].states == 2 * LAYERS * KV_HEADS * 256 * (HIDDEN // HEADS) * 2
+
+
+def test_the_command_line_shows_it(exported: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = exported("coreml-int4")
+    call = CliRunner().invoke
+    text = call(cli.app, ["inspect", str(path)]).stdout
+    part = fitness.read(path / "model.mlpackage")
+    for line in (
+        "needs           iOS 18, macOS 15 or newer",
+        f"off the engine  {part.off_engine} of them on the CPU or GPU, because",
+        f"range           {part.findings[0].reason} (documented): ",
+        "mac-m4         yes",
+    ):
+        assert f"\n{line}" in text
+    document = json.loads(call(cli.app, ["inspect", str(path), "--json"]).stdout)
+    assert document["coreml"]["parts"]["model.mlpackage"]["findings"][0]["source"] == part.findings[0].source
+    assert document["coreml"]["devices"]["mac-m4"] == {"problems": [], "warnings": []}
+
+
+def test_an_export_prints_its_warnings(tiny: Path, tmp_path: Path) -> None:
+    arguments = ["export", str(tiny), "-o", str(tmp_path / "out"), "--recipe", "coreml-int4", "--device", "iphone-16"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["target"] == "coreml"
+    assert "\nnote: model.mlpackage: a state's last dimension is no multiple of 32" in f"\n{done.stderr}"  # it is 16
 
 
 def test_other_targets_have_no_fitness(package: Path) -> None:
