@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Function:
     """One function of a program: what it takes, gives and keeps, and how to run it."""
 
     label: str  # for errors: the package, and the function where there are several
-    code: Code
+    code: Code = field(repr=False)
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:

@@ -97,6 +97,11 @@ class Kernel:
 Builder = Callable[[Given], Kernel]
 
 
+def moving(function: Callable[..., Any], *inputs: str) -> Kernel:
+    """A kernel that only moves values."""
+    return Kernel(inputs, function, exact=True, shares=True)
+
+
 def working_type(dtype: str) -> torch.dtype:
     """The torch type that holds values of a MIL type at run time."""
     if dtype in FLOATS:
@@ -112,7 +117,7 @@ def working(array: np.ndarray) -> torch.Tensor:
         array = array.astype(np.int64, copy=False)
     elif array.dtype.name not in ("bool", "float16", "float32"):
         array = array.astype(np.float32 if array.dtype.name in FLOATS else np.int32, copy=False)
-    array = np.require(array, requirements="CW")  # torch takes no read-only arrays
+    array = np.require(array, requirements=["C", "W"])  # torch takes no read-only arrays
     value = torch.from_numpy(array).reshape(array.shape)
     return value.float() if value.dtype == torch.float16 else value  # torch widens much faster than numpy
 

@@ -1,39 +1,29 @@
-"""Operators that choose, place or make values without computing on them: shapes, slices, gathers, ranges, states."""
+"""Operators that move or make values without computing on them: shapes, slices, margins, ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
-from calora_export.mil_kernels import Builder, Given, Kernel, working_type
+from calora_export.mil_kernels import Builder, Given, Kernel, moving, working_type
 
-_RIGHT_ALIGNED_ZEROS = 7  # since iOS 17 a 0 in a reshape counts its dimension from the right
 _MOST_AXES = 32
-_POSITIVE_INDICES = 7  # since iOS 17 a negative index is out of range
-
-
-def _moving(function: Callable[..., Any], *inputs: str) -> Kernel:
-    return Kernel(inputs, function, exact=True, shares=True)
 
 
 def reshape(given: Given) -> Kernel:
-    """A shape with one −1 (whatever is left) and zeros (the input's own dimension)."""
-    from_right = given.generation >= _RIGHT_ALIGNED_ZEROS
+    """A shape with one −1 (whatever is left) and zeros (the input's dimension, counted from the right, or 1)."""
 
     def run(x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
         wanted = shape.tolist()
-        if 0 in wanted and x.numel():
-            shift = x.dim() - len(wanted) if from_right else 0
-            wanted = [
-                size or (x.shape[axis + shift] if 0 <= axis + shift < x.dim() else 1)
-                for axis, size in enumerate(wanted)
-            ]
+        if 0 in wanted:
+            missing = len(wanted) - x.dim()
+            own = (1,) * missing + x.shape[max(0, -missing) :]
+            wanted = [size or known for size, known in zip(wanted, own, strict=True)]
         return x.reshape(wanted)
 
-    return _moving(run, "x", "shape")
+    return moving(run, "x", "shape")
 
 
 def reshape_like(given: Given) -> Kernel:
@@ -47,7 +37,7 @@ def reshape_like(given: Given) -> Kernel:
         parts = zip(models, begins, ends, open_ends, strict=True)
         return x.reshape([size for model, b, e, rest in parts for size in model.shape[b : None if rest else e]])
 
-    return _moving(run, "x", "ref_tensors")
+    return moving(run, "x", "ref_tensors")
 
 
 def expand_dims(given: Given) -> Kernel:
@@ -60,13 +50,13 @@ def expand_dims(given: Given) -> Kernel:
             x = x.unsqueeze(axis)
         return x
 
-    return _moving(run, "x")
+    return moving(run, "x")
 
 
 def squeeze(given: Given) -> Kernel:
     """Without some axes (or all) of size 1; an axis of another size stays."""
     axes = given.ints("axes")
-    return _moving(torch.squeeze if axes is None else lambda x: x.squeeze(axes), "x")
+    return moving(torch.squeeze if axes is None else lambda x: x.squeeze(axes), "x")
 
 
 def flatten2d(given: Given) -> Kernel:
@@ -77,25 +67,25 @@ def flatten2d(given: Given) -> Kernel:
         before = x.shape[:axis].numel()
         return x.reshape(before, x.numel() // before)
 
-    return _moving(run, "x")
+    return moving(run, "x")
 
 
 def transpose(given: Given) -> Kernel:
     """The axes in another order."""
     order = given.ints("perm")
-    return _moving(lambda x: x.permute(order), "x")
+    return moving(lambda x: x.permute(order), "x")
 
 
 def pixel_shuffle(given: Given) -> Kernel:
     """Channels into space."""
     factor = given.value("upscale_factor", None)
-    return _moving(lambda x: F.pixel_shuffle(x, factor), "x")
+    return moving(lambda x: F.pixel_shuffle(x, factor), "x")
 
 
 def pixel_unshuffle(given: Given) -> Kernel:
     """Space into channels."""
     factor = given.value("downscale_factor", None)
-    return _moving(lambda x: F.pixel_unshuffle(x, int(factor)), "x")
+    return moving(lambda x: F.pixel_unshuffle(x, int(factor)), "x")
 
 
 def concat(given: Given) -> Kernel:
@@ -108,13 +98,13 @@ def concat(given: Given) -> Kernel:
         first = axis % values[0].dim()
         return torch.stack(values, first + 1).flatten(first, first + 1)
 
-    return _moving(run, "values")
+    return moving(run, "values")
 
 
 def stack(given: Given) -> Kernel:
     """Tensors side by side along a new axis."""
     axis = given.value("axis", None)
-    return _moving(lambda *values: torch.stack(values, axis), "values")
+    return moving(lambda *values: torch.stack(values, axis), "values")
 
 
 def split(given: Given) -> Kernel:
@@ -124,7 +114,7 @@ def split(given: Given) -> Kernel:
     def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(x, list(sizes) if sizes else x.shape[axis] // parts, axis)
 
-    return _moving(run, "x")
+    return moving(run, "x")
 
 
 class _Region:
@@ -183,7 +173,7 @@ def slice_by_index(given: Given) -> Kernel:
         part = x[region.index(x, bounds)]
         return part.flip(region.reversed) if region.reversed else part
 
-    return _moving(run, "x", *region.inputs)
+    return moving(run, "x", *region.inputs)
 
 
 def slice_update(given: Given) -> Kernel:
@@ -209,131 +199,7 @@ def slice_by_size(given: Given) -> Kernel:
         firsts = [first % length if first < 0 else first for first, length in zip(begin.tolist(), x.shape, strict=True)]
         return x[tuple(slice(b, None if n < 0 else b + n) for b, n in zip(firsts, size.tolist(), strict=True))]
 
-    return _moving(run, "x", "begin", "size")
-
-
-def gather(given: Given) -> Kernel:
-    """x's slices at the indices, along one axis, perhaps separately for each leading index."""
-    axis, batch = given.value("axis", 0), given.value("batch_dims", 0)
-    wrap = given.generation < _POSITIVE_INDICES
-
-    def run(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        place = axis % x.dim()
-        if wrap:
-            indices = torch.where(indices < 0, indices + x.shape[place], indices)
-        if batch:
-            return _gather_each(x, indices, place, batch)
-        found = x.index_select(place, indices.reshape(-1))
-        return found.reshape(x.shape[:place] + indices.shape + x.shape[place + 1 :])
-
-    return _moving(run, "x", "indices")
-
-
-def _gather_each(x: torch.Tensor, indices: torch.Tensor, axis: int, batch: int) -> torch.Tensor:
-    leading = x.shape[:batch]
-    rows = leading.numel()
-    flat = x.reshape(rows, *x.shape[batch:]).movedim(axis - batch + 1, 1)
-    found = flat[torch.arange(rows)[:, None], indices.reshape(rows, -1)]
-    found = found.reshape(rows, *indices.shape[batch:], *flat.shape[2:])
-    count = indices.dim() - batch
-    found = found.movedim(tuple(range(1, 1 + count)), tuple(range(axis - batch + 1, axis - batch + 1 + count)))
-    return found.reshape(*leading, *found.shape[1:])
-
-
-def gather_along_axis(given: Given) -> Kernel:
-    """numpy's take_along_axis."""
-    axis = given.value("axis", 0)
-    return _moving(lambda x, indices: torch.gather(x, axis, indices.long()), "x", "indices")
-
-
-def _places(data: torch.Tensor, indices: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
-    """Index tensors, one per leading axis of `data`, from the last axis of `indices`."""
-    within = indices.unbind(-1)
-    grids = torch.meshgrid(*[torch.arange(size) for size in indices.shape[:-1]], indexing="ij")
-    return tuple(grid.long() for grid in grids[:batch]) + tuple(part.long() for part in within)
-
-
-def gather_nd(given: Given) -> Kernel:
-    """x[indices[…, 0], indices[…, 1], …]."""
-    batch = given.value("batch_dims", 0)
-    return _moving(lambda x, indices: x[_places(x, indices, batch)], "x", "indices")
-
-
-_COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "div": torch.div,
-    "max": torch.maximum,
-    "min": torch.minimum,
-    "mul": torch.mul,
-}
-
-
-def _scatterer(given: Given, places: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]) -> Kernel:
-    mode = given.value("mode", "add")
-    if mode not in ("add", "sub", "update", *_COMBINE):
-        raise given.refusal("mode", "add, sub, update, " + ", ".join(_COMBINE), mode)
-
-    def run(data: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
-        where = places(data, indices)
-        if mode in ("add", "sub"):
-            return data.index_put(where, updates if mode == "add" else -updates, accumulate=True)
-        return data.index_put(where, updates if mode == "update" else _COMBINE[mode](data[where], updates))
-
-    return Kernel(("data", "indices", "updates"), run, exact=mode == "update" or not given.floating)
-
-
-def scatter(given: Given) -> Kernel:
-    """Slices along one axis replaced by, or combined with, updates."""
-    axis = given.value("axis", 0)
-
-    def places(data: torch.Tensor, indices: torch.Tensor) -> tuple[Any, ...]:
-        place = axis % data.dim()
-        wheres = [torch.arange(size) for size in data.shape]
-        wheres[place] = indices.long()
-        return torch.meshgrid(*wheres, indexing="ij")
-
-    return _scatterer(given, places)
-
-
-def scatter_along_axis(given: Given) -> Kernel:
-    """numpy's put_along_axis, or a combination."""
-    axis = given.value("axis", 0)
-
-    def places(data: torch.Tensor, indices: torch.Tensor) -> tuple[Any, ...]:
-        wheres = list(torch.meshgrid(*[torch.arange(size) for size in indices.shape], indexing="ij"))
-        wheres[axis] = indices.long()
-        return tuple(wheres)
-
-    return _scatterer(given, places)
-
-
-def scatter_nd(given: Given) -> Kernel:
-    """data[indices[…, 0], indices[…, 1], …] replaced by, or combined with, updates."""
-    return _scatterer(given, lambda data, indices: _places(data, indices, 0))
-
-
-def _sorter(given: Given) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """A function that gives the sorted values and their places; equal values keep their order."""
-    axis, falling = given.value("axis", -1), not given.value("ascending", False)
-    return lambda x: torch.sort(x, dim=axis, descending=falling, stable=True)
-
-
-def topk(given: Given) -> Kernel:
-    """The k largest (or smallest) values along an axis, sorted, and where they were."""
-    axis, count, ordered = given.value("axis", -1), given.value("k", 1), _sorter(given)
-    alone = len(given.outputs) == 1
-
-    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        values, places = ordered(x)
-        found = values.narrow(axis, 0, count), places.narrow(axis, 0, count).int()
-        return found[:1] if alone else found
-
-    return Kernel(("x",), run, exact=True)
-
-
-def argsort(given: Given) -> Kernel:
-    """The places of the sorted values."""
-    ordered = _sorter(given)
-    return Kernel(("x",), lambda x: ordered(x)[1].int(), exact=True)
+    return moving(run, "x", "begin", "size")
 
 
 def pad(given: Given) -> Kernel:
@@ -356,18 +222,18 @@ def pad(given: Given) -> Kernel:
             x = x.index_select(axis, places.clamp(0, size - 1))
         return x
 
-    return _moving(run, "x", "pad")
+    return moving(run, "x", "pad")
 
 
 def tile(given: Given) -> Kernel:
     """The tensor repeated along each axis."""
-    return _moving(lambda x, repeats: x.repeat(repeats.tolist()), "x", "reps")
+    return moving(lambda x, repeats: x.repeat(repeats.tolist()), "x", "reps")
 
 
 def reverse(given: Given) -> Kernel:
     """The order along some axes (or all) turned round."""
     axes = given.ints("axes")
-    return _moving(lambda x: x.flip(axes or tuple(range(x.dim()))), "x")
+    return moving(lambda x: x.flip(axes or tuple(range(x.dim()))), "x")
 
 
 def band_part(given: Given) -> Kernel:
@@ -378,21 +244,7 @@ def band_part(given: Given) -> Kernel:
         x = x if upper < 0 else x.tril(upper)
         return x if lower < 0 else x.triu(-lower)
 
-    return _moving(run, "x")
-
-
-def one_hot(given: Given) -> Kernel:
-    """A new axis that is `on` at the index and `off` elsewhere."""
-    axis, kind = given.value("axis", -1), working_type(given.outputs[0])
-    on, off = given.value("on_value", 1), given.value("off_value", 0)
-
-    def run(indices: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        place = axis % (indices.dim() + 1)
-        classes = torch.arange(int(size)).reshape(-1, *[1] * (indices.dim() - place))
-        hit = indices.unsqueeze(place) == classes
-        return torch.where(hit, torch.tensor(on, dtype=kind), torch.tensor(off, dtype=kind))
-
-    return Kernel(("indices", "one_hot_vector_size"), run, exact=True)
+    return moving(run, "x")
 
 
 def range_1d(given: Given) -> Kernel:
@@ -417,11 +269,6 @@ def fill_like(given: Given) -> Kernel:
     return Kernel(("ref_tensor",), lambda model: torch.full(model.shape, value, dtype=kind), exact=True)
 
 
-def non_zero(given: Given) -> Kernel:
-    """The places of the values that are not zero."""
-    return Kernel(("x",), lambda x: torch.nonzero(x).int(), exact=True)
-
-
 def shape(given: Given) -> Kernel:
     """The sizes of a tensor's axes."""
     return Kernel(("x",), lambda x: torch.tensor(x.shape, dtype=torch.int32), exact=True)
@@ -429,23 +276,17 @@ def shape(given: Given) -> Kernel:
 
 def identity(given: Given) -> Kernel:
     """The tensor itself."""
-    return _moving(lambda x: x, "x")
+    return moving(lambda x: x, "x")
 
 
 BUILDERS: dict[str, Builder] = {
-    "argsort": argsort,
     "band_part": band_part,
     "concat": concat,
     "expand_dims": expand_dims,
     "fill": fill,
     "fill_like": fill_like,
     "flatten2d": flatten2d,
-    "gather": gather,
-    "gather_along_axis": gather_along_axis,
-    "gather_nd": gather_nd,
     "identity": identity,
-    "non_zero": non_zero,
-    "one_hot": one_hot,
     "pad": pad,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
@@ -453,9 +294,6 @@ BUILDERS: dict[str, Builder] = {
     "reshape": reshape,
     "reshape_like": reshape_like,
     "reverse": reverse,
-    "scatter": scatter,
-    "scatter_along_axis": scatter_along_axis,
-    "scatter_nd": scatter_nd,
     "shape": shape,
     "slice_by_index": slice_by_index,
     "slice_by_size": slice_by_size,
@@ -464,6 +302,5 @@ BUILDERS: dict[str, Builder] = {
     "squeeze": squeeze,
     "stack": stack,
     "tile": tile,
-    "topk": topk,
     "transpose": transpose,
 }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from calora_export import mil_constexpr, mil_layers, mil_moves
+from calora_export import mil_constexpr, mil_layers, mil_moves, mil_places
 from calora_export.mil_kernels import Builder, Given, Kernel
 
 _INVERSE_SQRT = 1e-12  # the defaults of epsilon
@@ -296,4 +296,6 @@ _BUILDERS: dict[str, Builder] = {
     "thresholded_relu": _scalars(lambda x, a: torch.where(x >= a, x, _ZERO), "alpha"),
 }
 
-OPERATORS = MappingProxyType(_BUILDERS | mil_moves.BUILDERS | mil_layers.BUILDERS | mil_constexpr.BUILDERS)
+OPERATORS = MappingProxyType(
+    _BUILDERS | mil_constexpr.BUILDERS | mil_layers.BUILDERS | mil_moves.BUILDERS | mil_places.BUILDERS
+)

@@ -29,6 +29,12 @@ def some(*shape: int, low: float = -2.0, high: float = 2.0) -> np.ndarray:
     return _RANDOM.uniform(low, high, shape).astype(np.float16).astype(np.float32)
 
 
+def distinct(*shape: int) -> np.ndarray:
+    """Numbers of which no two are equal: the order of equals is nobody's promise."""
+    count = int(np.prod(shape))
+    return (_RANDOM.permutation(count).astype(np.float32) - count / 2).reshape(shape)
+
+
 def ints(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
@@ -156,8 +162,8 @@ def reductions() -> list[Case]:
         *[one(f"reduce_{name}", some(2, 3, **positive)) for name in names],
         one("reduce_sum", whole(3, 4), axes=[1]),
         one("reduce_max", whole(3, 4), axes=[1]),
-        one("reduce_argmax", some(3, 7), axis=1, keep_dims=False),
-        one("reduce_argmin", some(3, 7), axis=-1, keep_dims=True),
+        one("reduce_argmax", distinct(3, 7), axis=1, keep_dims=False),
+        one("reduce_argmin", distinct(3, 7), axis=-1, keep_dims=True),
         one("softmax", some(2, 3, 5, low=-8, high=8), axis=-1),
         one("softmax", some(2, 3, 5), axis=1),
         one("cumsum", some(2, 6), axis=1),
@@ -417,6 +423,8 @@ def shapes() -> list[Case]:
     return [
         one("reshape", x, shape=[4, -1]),
         one("reshape", x, lambda x: x.reshape(1, 6, 4), shape=[1, -1, 0]),
+        one("reshape", some(2, 5), lambda x: x.reshape(1, 1, 2, 5), shape=[1, 0, -1, 0]),
+        one("reshape", some(2, 3, 4, 5), lambda x: x.reshape(6, 20), shape=[-1, 20]),
         made("reshape", lambda m, x, s: m.reshape(x=x, shape=s), x, ints(6, 4)),
         made(
             "reshape_like",
@@ -610,10 +618,10 @@ def gathers() -> list[Case]:
             some(2, 1, 5),
             reference=pairwise,
         ),
-        one("topk", some(2, 7), k=3, axis=1),
-        one("topk", some(2, 7), k=2, axis=0, ascending=True),
-        one("argsort", some(2, 7), axis=1),
-        one("argsort", some(2, 7), axis=-1, ascending=True),
+        one("topk", distinct(2, 7), k=3, axis=1),
+        one("topk", distinct(2, 7), k=2, axis=0, ascending=True),
+        one("argsort", distinct(2, 7), axis=1),
+        one("argsort", distinct(2, 7), axis=-1, ascending=True),
     ]
 
 

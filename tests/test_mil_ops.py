@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from calora_export import mil
+from calora_export.errors import PackageError
 from calora_export.mil_ops import OPERATORS
 from tests.mil_cases import GROUPS, Case
 from tests.mil_programs import inferred, results, save
@@ -72,6 +74,21 @@ def test_operators_agree_with_coremltools_numpy_and_torch(
         or not np.allclose(array.astype(float), np.float64(expected[name]), rtol=tolerance, atol=tolerance)
     }
     assert not wrong
+
+
+def test_before_ios17_a_negative_index_counts_from_the_end(tmp_path: Path) -> None:
+    inputs = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "i": np.int32([-1, 0])}
+
+    def body(m: Any, given: Any) -> dict[str, Any]:
+        return {"y": m.gather(x=given["x"], indices=given["i"], axis=1)}
+
+    earlier, later = (
+        mil.load(save(tmp_path / f"{system}.mlpackage", inputs, body, system)).functions["main"]
+        for system in ("iOS16", "iOS17")
+    )
+    np.testing.assert_array_equal(earlier.run(inputs, {})["y"], [[2, 0], [5, 3]])
+    with pytest.raises(PackageError, match=r"iOS17.mlpackage: gather \(\w+\): .*out of"):
+        later.run(inputs, {})
 
 
 def test_every_operator_has_a_case() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +24,16 @@ KINDS = (*BITS, *WHOLE)
 
 @cache
 def apple() -> ModuleType:
-    """coremltools' storage library, without the ten seconds of the rest."""
+    """coremltools' storage library, without the ten seconds of the rest; it can be loaded only once."""
+    name = "coremltools.libmilstoragepython"
+    if name in sys.modules:
+        return sys.modules[name]
     package = importlib.util.find_spec("coremltools")
     assert package is not None and package.origin is not None
     [library] = Path(package.origin).parent.glob("libmilstoragepython*.so")
-    spec = importlib.util.spec_from_file_location("libmilstoragepython", library)
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
