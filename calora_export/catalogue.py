@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from calora_export import formats, profiles, recipe, targets
+from calora_export.devices import adb, ssh
 
 Row = dict[str, str]
 
@@ -32,17 +33,33 @@ def _recipes() -> list[Row]:
 
 
 def _devices() -> list[Row]:
-    return [
+    """Profiles, then what is connected or configured now."""
+    known = [
         {
             "device": name,
             "kind": value.kind,
             "soc": value.soc or "–",
-            "os": f"{value.os} {value.os_floor}" if value.os else "–",
+            "os": " ".join(filter(None, (value.os, value.os_floor))) or "–",
             "memory": _memory(value),
             "targets": ", ".join(value.targets),
+            "state": "profile",
         }
         for name, value in profiles.catalogue().items()
     ]
+    return known + [dict.fromkeys(known[0], "–") | row for row in _present()]
+
+
+def _present() -> list[Row]:
+    phones = [
+        {"device": f"adb:{serial}", "kind": "adb", "state": "connected" if state == adb.READY else _problem(state)}
+        for serial, state in adb.connected().items()
+    ]
+    hosts = [{"device": f"ssh:{host}", "kind": "ssh", "state": "in ~/.ssh/config"} for host in ssh.configured()]
+    return phones + hosts
+
+
+def _problem(state: str) -> str:
+    return f"{state}: {adb.advice(state)}"
 
 
 def _memory(profile: profiles.Profile) -> str:

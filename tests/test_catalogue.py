@@ -37,10 +37,32 @@ def test_recipes_and_devices_are_the_files() -> None:
     for what, key in (("recipes", "recipe"), ("devices", "device")):
         files = {file.stem: file for file in (resources.root() / what).glob("*.toml")}
         rows = catalogue.entries(what)
-        assert {row[key] for row in rows} == set(files)
+        assert {row[key] for row in rows if row.get("state", "profile") == "profile"} == set(files)
     for row in catalogue.entries("recipes"):
         document = tomllib.loads((resources.root() / "recipes" / f"{row['recipe']}.toml").read_text())
         assert (row["target"], row["description"]) == (document["target"], document["description"])
+
+
+def test_devices_that_are_there_follow_the_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What adb says of each, and what to do about it; the hosts of ~/.ssh/config, but no patterns."""
+    adb = tmp_path / "adb"
+    states = ("R5C device", "X9 unauthorized", "emulator-5554 offline", "Y1 no permissions (rules); see http")
+    said = "\n".join(("List of devices attached", *states))
+    adb.write_text(f"#!/bin/sh\necho '{said}'\n")
+    adb.chmod(0o755)
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "config").write_text("Host board *.lan\n  HostName 10.0.0.7\nhost=pi !x\nMatch host y\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = catalogue.entries("devices")
+    assert {row["device"]: row["state"] for row in rows if row["state"] != "profile"} == {
+        "adb:R5C": "connected",
+        "adb:X9": "unauthorized: unlock it and allow USB debugging for this machine",
+        "adb:emulator-5554": "offline: plug it in again, or `adb disconnect` and `adb connect`",
+        "adb:Y1": "no permissions: add a udev rule for it, or your user to the group plugdev",
+        "ssh:board": "in ~/.ssh/config",
+        "ssh:pi": "in ~/.ssh/config",
+    }
 
 
 def test_every_scheme_meets_every_recipe() -> None:
