@@ -59,7 +59,9 @@ def phone_on(phone_files: Path) -> Iterator[Callable[[str], phones.Phone]]:
 
 @pytest.fixture
 def adb_bed(phone_on: Callable[[str], phones.Phone]) -> AdbBed:
-    return AdbBed(phone_on("max"))
+    bed = AdbBed(phone_on("max"))
+    shutil.rmtree(bed.place, ignore_errors=True)  # what the job before it left for the next one
+    return bed
 
 
 @pytest.fixture(params=["ssh", pytest.param("adb", marks=pytest.mark.heavy)])
