@@ -19,7 +19,8 @@ Dims = tuple[int | None, ...]
 Shape = tuple[int, ...]
 Flexibility = Literal["fixed", "range", "enumerated"]
 
-BITS = {"float16": 16, "float32": 32, "float64": 64, "bfloat16": 16, "bool": 8, "string": 0}
+BITS = {"float16": 16, "float32": 32, "float64": 64, "bfloat16": 16, "bool": 8, "float8e4m3fn": 8, "float8e5m2": 8}
+NOT_TENSORS = ("string", "unused_type")
 VIEWS = ("reshape", "expand_dims", "squeeze")
 
 
@@ -79,7 +80,9 @@ class Function:
 
 
 def bits(dtype: str) -> int:
-    """Of one number: 4 for int4."""
+    """Of one number: 4 for int4. Texts and lists count for nothing."""
+    if dtype in NOT_TENSORS:
+        return 0
     return BITS[dtype] if dtype in BITS else int(dtype.lstrip("uint"))
 
 
@@ -89,7 +92,10 @@ def functions(spec: Any, package: str) -> list[Function]:
     found = spec.mlProgram.functions
     if set(described) != set(found):
         raise PackageError(mismatch(package, "mlProgram.functions", sorted(described), sorted(found)))
-    return [_Reader(described[name], name, found[name], package).function() for name in sorted(found)]
+    try:
+        return [_Reader(described[name], name, found[name], package).function() for name in sorted(found)]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise PackageError(mismatch(package, "mlProgram", "operators with their inputs", repr(error))) from error
 
 
 class _Reader:
@@ -299,7 +305,7 @@ def _concat(dims: Dims, inputs: Given) -> Dims | None:
 
 def _axis(inputs: Given, rank: int) -> int | None:
     [axis] = _numbers(inputs, "axis", 1)
-    return None if axis is None else axis % rank
+    return axis % rank if rank and axis is not None else None
 
 
 _RULES: Mapping[str, Callable[[Dims, Given], Dims | None]] = {

@@ -87,7 +87,7 @@ def _blocks(function: Function) -> Iterator[str]:
     for entry in function.operations:
         data, scale = entry.first("data"), entry.first("scale")
         if entry.type == "constexpr_blockwise_shift_scale" and data and scale:
-            pairs = zip(scale.bound, data.bound, strict=True)
+            pairs = zip(scale.bound, data.bound, strict=False)  # of one rank, unless the file is damaged
             if any(1 < parts < size for parts, size in pairs):
                 yield entry.outputs[0].name
 
@@ -124,10 +124,10 @@ def _depth(entry: Operation, context: _Context) -> bool:
     x, weight = entry.first("x"), entry.first("weight")
     if entry.type == "conv" and weight:
         return prod(weight.bound[1:]) > DEEPEST
-    if entry.type == "matmul" and x:
+    if entry.type == "matmul" and x and len(x.bound) > 1:
         transposed = any(value.ints == (1,) for value in entry.inputs.get("transpose_x", ()))
         return x.bound[-2 if transposed else -1] > DEEPEST
-    return bool(entry.type == "linear" and weight and weight.bound[-1] > DEEPEST)
+    return bool(entry.type == "linear" and weight and weight.bound[-1:] > (DEEPEST,))
 
 
 def _state_width(entry: Operation, context: _Context) -> bool:

@@ -453,6 +453,23 @@ def test_a_program_that_names_nothing_is_refused(made: Path, tmp_path: Path) -> 
         fitness.read(copy)
 
 
+@pytest.mark.parametrize("name", ["decoder", "odd", "enumerated"])
+def test_a_flipped_byte_is_read_or_refused(made: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(made / f"{name}.mlpackage", tmp_path / "flipped.mlpackage"))
+    file = mlpackage.model_file(copy)
+    whole, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
+    for at in rng.integers(0, len(whole), 300):
+        broken = bytearray(whole)
+        broken[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(broken)
+        try:
+            fitness.read(copy)
+        except PackageError as error:
+            refused += 1
+            assert "\n" not in str(error).strip()
+    assert refused > 10
+
+
 def test_no_coremltools_and_under_two_seconds(made: Path) -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
