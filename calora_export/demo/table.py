@@ -1,4 +1,7 @@
-"""Prints the demo's results as Markdown: `python -m calora_export.demo.table [RESULTS.json]`."""
+"""Prints the demo's results as Markdown: `python -m calora_export.demo.table [RESULTS.json]`.
+
+With `requantised` in the place of a file, it measures what quantising the base once more costs.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,11 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["requantised"]:
+        from calora_export.demo import requantised  # torch and transformers take seconds to import
+
+        print(requantised.measured())
+        return
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     print(table(msgspec.json.decode(path.read_bytes(), type=Results)))
 

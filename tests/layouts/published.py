@@ -56,6 +56,20 @@ def compressed_tensors(module: str, weight: Tensor, bits: int, group: int, symme
     return Published(config, tensors, back.float().numpy())
 
 
+def packed_act_order(module: str, rows: int, columns: int, group: int) -> Published:
+    """pack-quantized with weight_g_idx, value by value: releases of the library before 0.20 write and read it."""
+    codes, scale, _ = _random(module, rows, columns, 4, group, True)
+    index = (torch.arange(columns) // group)[torch.randperm(columns, generator=torch.Generator().manual_seed(0))]
+    tensors = {
+        f"{module}.weight_packed": _words(codes.tolist(), 4),
+        f"{module}.weight_scale": scale,
+        f"{module}.weight_shape": torch.tensor([rows, columns]),
+        f"{module}.weight_g_idx": index.int(),
+    }
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return Published(config, tensors, _dequantized(codes, scale, torch.full_like(scale, 8), index))
+
+
 # ── bitsandbytes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

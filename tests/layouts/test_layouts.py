@@ -32,6 +32,7 @@ CASES: dict[str, Callable[[], Published]] = {
     "compressed-tensors, columns that do not fill a word": lambda: published.compressed_tensors(
         M, weights(12, 20), 4, 0, False, PACK
     ),
+    "compressed-tensors, act-order": lambda: published.packed_act_order(M, 24, 256, 64),
     "nf4": lambda: published.nf4(M, weights(24, 128), double=False),
     "nf4, nested": lambda: published.nf4(M, weights(40, 1024), double=True),
     "nf4, blocks across rows": lambda: published.nf4(M, weights(24, 96), double=True),
