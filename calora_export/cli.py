@@ -44,7 +44,7 @@ out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlig
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[
-    str, typer.Option("--device", help="Where to run: host, host:native, adb:SERIAL, ssh:[user@]host[:port] …")
+    str, typer.Option("--device", help="Where to run: host, host:native, adb:SERIAL, ssh:HOST …")
 ]
 PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
 
