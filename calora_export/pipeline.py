@@ -24,7 +24,7 @@ from calora_export.manifest import check_id
 from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, RouterEntry, Slots
 from calora_export.recipe import Recipe
 from calora_export.report import Report
-from calora_export.sites import natural_key
+from calora_export.sites import expand_sites, natural_key
 from calora_export.version import VERSION
 from calora_export.weights import Weights
 
@@ -59,7 +59,7 @@ def export(
     special = tokens.special_tokens(bundle)
     adapters = [rows.load_adapter(bundle, spec.id) for spec in bundle.manifest.adapters]
     with packages.written(out, packages.FILE) as directory:
-        job = _Export(bundle, adapters, directory, recipe, Path(recipe_name).stem, special)
+        job = _Export(bundle, directory, recipe, Path(recipe_name).stem, special)
         job.run(targets.load(recipe.target), progress)
         if device is not None:
             fitness.check(device, directory)
@@ -134,7 +134,6 @@ class _Export:
     """One export into a directory that is not yet in its place."""
 
     bundle: Bundle
-    adapters: list[Adapter]
     directory: Path
     recipe: Recipe
     recipe_name: str
@@ -149,11 +148,12 @@ class _Export:
         context, activations = self.recipe.context, self.recipe.activations
         composed = model.compose(self.bundle, weights, context=context, activations=activations)
         progress("tracing the graph")
-        recovery = any(adapter.recovery.any() for adapter in self.adapters)
+        specs = self.bundle.manifest.adapters
+        recovery = any(branch.act == "gelu" for spec in specs for branch in spec.branches)
         last_only = self.recipe.logits == "last"
         traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
         if self.recipe.adapter_inputs == "functions":
-            baked = {adapter.id: model.Rows.of(adapter) for adapter in self.adapters}
+            baked = {spec.id: model.Rows.of(self._adapter(spec.id)) for spec in specs}
             traced = dataclasses.replace(traced, adapters=baked)
         progress("lowering")
         fingerprint = self.bundle.manifest.base.fingerprint
@@ -162,16 +162,24 @@ class _Export:
         slots = lowering.lower(traced, self.recipe, self.directory, origin)
         progress("encoding adapters")
         (self.directory / "adapters").mkdir()
-        specs = self.bundle.manifest.adapters
-        entries = tuple(
-            _encode(adapter, spec.task, spec.class_index, slots, self.directory, self.recipe.target, fingerprint)
-            for adapter, spec in zip(self.adapters, specs, strict=True)
+        entries = tuple(  # one at a time: a thousand of them need not fit into memory
+            _encode(
+                self._adapter(spec.id),
+                spec.task,
+                spec.class_index,
+                slots,
+                self.directory,
+                self.recipe.target,
+                fingerprint,
+            )
+            for spec in specs
         )
         tokens.copy_tokenizer(self.bundle.path / "base", self.directory / "tokenizer")
         progress("lowering the router")
         router = self._router(lowering)
         progress("computing golden logits")
-        golden.write(composed, self.adapters[:GOLDEN_ADAPTERS], self.bundle, self.directory / "golden")
+        shown = [self._adapter(spec.id) for spec in specs[:GOLDEN_ADAPTERS]]
+        golden.write(composed, shown, self.bundle, self.directory / "golden")
         manifest = self._manifest(composed, lowering.MODEL, weights, slots, entries, router)
         lowering.accompany(manifest, self.directory)
         progress("hashing")
@@ -182,7 +190,8 @@ class _Export:
         """A slot for every site that an adapter of the bundle names, in the order in which the model calls them."""
         from calora_export.graph import Slot
 
-        used = {site for adapter in self.adapters for site in adapter.sites}
+        branches = {branch.sites for spec in self.bundle.manifest.adapters for branch in spec.branches}
+        used = {site for patterns in branches for site in expand_sites(patterns, self.bundle.adaptable)}
         sites = [site for group in composed.groups for site in group if site in used]
         return tuple(Slot(site, self.bundle.linears[site][1], self.bundle.linears[site][0]) for site in sites)
 
@@ -198,6 +207,9 @@ class _Export:
     def _manifest(
         self,
         composed: SlotModel,
+    def _adapter(self, identifier: str) -> Adapter:
+        return rows.load_adapter(self.bundle, identifier)
+
         file: str,
         weights: Weights,
         slots: Slots,

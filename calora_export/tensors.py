@@ -107,7 +107,11 @@ class TensorIndex:
 
     def float32(self, name: str) -> np.ndarray:
         """The tensor converted to float32, in memory of its own."""
-        return self.array(name).astype(np.float32)
+        info = self.info(name)
+        with info.file.open("rb") as file:  # a mapping costs more than reading an adapter's small tensors
+            file.seek(info.start)
+            data = bytearray(file.read(info.end - info.start))
+        return np.frombuffer(data, _numpy_dtype(info.dtype)).reshape(info.shape).astype(np.float32, copy=False)
 
     @property
     def nbytes(self) -> int:
@@ -137,10 +141,11 @@ class TensorIndex:
 
     def _chunks(self, name: str) -> Iterator[memoryview]:
         # Plain reads into one buffer: mapped pages would count as resident memory.
-        info, buffer = self.info(name), memoryview(bytearray(_CHUNK))
+        info = self.info(name)
+        left = info.end - info.start
+        buffer = memoryview(bytearray(min(left, _CHUNK)))
         with info.file.open("rb") as file:
             file.seek(info.start)
-            left = info.end - info.start
             while left:
                 size = file.readinto(buffer[: min(left, _CHUNK)])
                 if size != min(left, _CHUNK):
