@@ -57,7 +57,6 @@ def export(
     bundle = bundles.load(bundle_path, deep=True)
     Weights(bundle, recipe).check()
     special = tokens.special_tokens(bundle)
-    adapters = [rows.load_adapter(bundle, spec.id) for spec in bundle.manifest.adapters]
     with packages.written(out, packages.FILE) as directory:
         job = _Export(bundle, directory, recipe, Path(recipe_name).stem, special)
         job.run(targets.load(recipe.target), progress)
@@ -186,6 +185,9 @@ class _Export:
         files = packages.hash_files(self.directory)
         packages.write_manifest(self.directory, msgspec.structs.replace(manifest, files=files))
 
+    def _adapter(self, identifier: str) -> Adapter:
+        return rows.load_adapter(self.bundle, identifier)
+
     def _slots(self, composed: SlotModel) -> tuple[graph.Slot, ...]:
         """A slot for every site that an adapter of the bundle names, in the order in which the model calls them."""
         from calora_export.graph import Slot
@@ -207,9 +209,6 @@ class _Export:
     def _manifest(
         self,
         composed: SlotModel,
-    def _adapter(self, identifier: str) -> Adapter:
-        return rows.load_adapter(self.bundle, identifier)
-
         file: str,
         weights: Weights,
         slots: Slots,
