@@ -46,6 +46,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Device = Annotated[
     str, typer.Option("--device", help="Where to run: host, host:native, adb:SERIAL, ssh:HOST …")
 ]
+Devices = Annotated[
+    list[str], typer.Option("--device", help="Where to run, once or more: host, host:native, adb:SERIAL, ssh:HOST …")
+]
 PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
 
 
@@ -183,20 +186,33 @@ def add_adapter(
 def validate(
     package: PackagePath,
     bundle: Annotated[Path, typer.Option("--bundle", help="The bundle it was made from.", show_default=False)],
-    device: Device = "host",
+    device: Devices = ["host"],  # noqa: B006  # typer makes a new one for each call
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Prove it: parity, safety, routing, task accuracy and latency, into PACKAGE/report. Exit code 3 if it failed."""
+    where = list(dict.fromkeys(device))
     with reporting(debug), progress() as say:
         from calora_export import pipeline
 
-        made = pipeline.validate(package, bundle, device, say)
-    if json:
-        sys.stdout.write(made.to_json() + "\n")
+        answers = pipeline.validate_each(package, bundle, where, say)
+        only = next(iter(answers.values()))
+        if len(where) == 1 and isinstance(only, CaloraError):
+            raise only
+    reports = {name: made for name, made in answers.items() if not isinstance(made, CaloraError)}
+    faults = {name: " ".join(str(made).split()) for name, made in answers.items() if isinstance(made, CaloraError)}
+    if json and len(where) == 1:
+        sys.stdout.write(reports[where[0]].to_json() + "\n")
+    elif json:
+        emit({"package": str(package), "reports": reports, "faults": faults})
     else:
-        show_report(made, package)
-    if not made.passed:
+        for name, made in reports.items():
+            show_report(made, pipeline.report_directory(package, name, where))
+    for line in faults.values():
+        err.print(f"error: {line}", markup=False)
+    if faults:
+        raise typer.Exit(WRONG_INPUT)
+    if not all(made.passed for made in reports.values()):
         raise typer.Exit(FAILED)
 
 
@@ -440,7 +456,7 @@ def show_adapters(view: BundleView | PackageView) -> None:
         out.print(f"router: {text}, {megabytes(router.bytes)}")
 
 
-def show_report(made: Report, package: Path) -> None:
+def show_report(made: Report, directory: Path) -> None:
     show_rows(
         [
             {
@@ -480,7 +496,7 @@ def show_report(made: Report, package: Path) -> None:
     for problem in made.problems:
         out.print(f"[red]✗[/red] {escape(problem)}", highlight=False)
     verdict = "[green]PASSED[/green]" if made.passed else "[red]FAILED[/red]"
-    page = escape(str(package / "report" / "report.html"))
+    page = escape(str(directory / "report.html"))
     out.print(f"{verdict} {escape(made.package)} on {made.device.name}. Report: {page}")
 
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ SYSTEM_LIBRARIES = (
 RUNTIMES = {"executorch": "executorch", "onnx": "onnxruntime"}
 # A wheel for another processor than this machine's; any Python's has the same libraries.
 FOREIGN = ("--python-version", "3.11", "--implementation", "cp")
+_BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def _machine(arch: str) -> Machine:
 
 
 def _built(kind: str, target: str, machine: Machine, options: tuple[str, ...], product: str) -> Path:
+    with _BUILDING:  # several devices of one validation want the same runner
+        return _build(kind, target, machine, options, product)
+
+
+def _build(kind: str, target: str, machine: Machine, options: tuple[str, ...], product: str) -> Path:
     source = resources.target_dir(target) / "runner"
     directory = _cache() / f"{kind}-{_key(source, target, machine)}"
     if (directory / product).is_file():

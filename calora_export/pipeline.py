@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from calora_export import recipe as recipes
 from calora_export import report as reports
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
-from calora_export.errors import FingerprintError, PackageError, mismatch
+from calora_export.errors import CaloraError, FingerprintError, PackageError, mismatch
 from calora_export.manifest import check_id
 from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, RouterEntry, Slots
 from calora_export.recipe import Recipe
@@ -114,8 +114,20 @@ def _require_slots(adapter_path: Path, slots: Slots) -> None:
 
 def validate(package_path: Path, bundle_path: Path, device: str = "host", progress: Progress = silent) -> Report:
     """Compare a package on a device with its bundle in torch, and write PACKAGE/report; bad input is refused first."""
+    (made,) = validate_each(package_path, bundle_path, (device,), progress).values()
+    if isinstance(made, CaloraError):
+        raise made
+    return made
+
+
+def validate_each(
+    package_path: Path, bundle_path: Path, where: Sequence[str], progress: Progress = silent
+) -> dict[str, Report | CaloraError]:
+    """The same on several devices at once, each with its own PACKAGE/report/<device>; what went wrong with one is in
+    its place, and the others' reports are kept."""
     package = packages.load(package_path)
-    devices.require(device)
+    for device in where:
+        devices.require(device)
     bundle = bundles.load(bundle_path, deep=True)
     expected, found = package.manifest.base_fingerprint, bundle.manifest.base.fingerprint
     if expected != found:
@@ -123,9 +135,18 @@ def validate(package_path: Path, bundle_path: Path, device: str = "host", progre
         raise FingerprintError(mismatch(bundle_path, "base.fingerprint", expected, found, hint))
     from calora_export import validation  # torch and transformers take seconds to import
 
-    report, series = validation.validate(package, bundle, device, progress)
-    reports.write(report, package_path / "report", series)
-    return report
+    answers: dict[str, Report | CaloraError] = {}
+    for device, made in validation.validate(package, bundle, where, progress).items():
+        if not isinstance(made, CaloraError):
+            reports.write(made[0], report_directory(package_path, device, where), made[1])
+        answers[device] = made if isinstance(made, CaloraError) else made[0]
+    return answers
+
+
+def report_directory(package_path: Path, device: str, where: Sequence[str]) -> Path:
+    """Where the report of one of the devices of a validation is."""
+    own = "" if len(where) == 1 else "".join(c if c.isalnum() or c in "@.-" else "-" for c in device)
+    return package_path / "report" / own
 
 
 @dataclass(frozen=True)

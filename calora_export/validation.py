@@ -18,6 +18,7 @@ from calora_export import adapters as rows
 from calora_export import devices, golden, latency, measuring, model, parity, report, routers, runtimes
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
+from calora_export.errors import CaloraError
 from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
@@ -51,18 +52,26 @@ class Reference:
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
-def validate(package: Package, bundle: Bundle, device: str, progress: Callable[[str], None]) -> tuple[Report, Series]:
-    """Parity, safety, router, tasks and latency of a package on a device. Nothing is written."""
+def validate(
+    package: Package, bundle: Bundle, where: Sequence[str], progress: Callable[[str], None]
+) -> dict[str, tuple[Report, Series] | CaloraError]:
+    """Parity, safety, router, tasks and latency of a package on each device, or what went wrong with it. Nothing is
+    written."""
     progress("checking files")
     altered = package.altered()
     progress("building the references")
     reference = _reference(package, bundle)
     with tempfile.TemporaryDirectory(prefix="calora-validate-") as scratch:
         job = _job(package, bundle, reference, Path(scratch))
-        progress(f"running on {device}")
-        trace = devices.run(device, package, job, progress)
+        progress(f"running on {', '.join(where)}")
+        traces = devices.run_each(where, package, job, progress)
     progress("comparing")
-    return _report(package, bundle, reference, job, trace, device, altered)
+    return {
+        device: trace
+        if isinstance(trace, CaloraError)
+        else _report(package, bundle, reference, job, trace, device, altered)
+        for device, trace in traces.items()
+    }
 
 
 def _reference(package: Package, bundle: Bundle) -> Reference:

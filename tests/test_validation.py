@@ -17,7 +17,7 @@ from calora_export import bundle as bundles
 from calora_export import cli, devices, measuring, pipeline, runtimes, validation
 from calora_export import package as packages
 from calora_export.devices import host
-from calora_export.errors import DeviceError, FingerprintError
+from calora_export.errors import CaloraError, DeviceError, FingerprintError
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
 from tests.bundles import edit_json, tiny_bundle
@@ -43,7 +43,10 @@ def copy(package: Path, tmp_path: Path) -> Path:
 
 def validated(package: Path, bundle: Path) -> Report:
     """As pipeline.validate does it, without writing the report's page each time."""
-    return validation.validate(packages.load(package), bundles.load(bundle), "host", pipeline.silent)[0]
+    made = validation.validate(packages.load(package), bundles.load(bundle), ("host",), pipeline.silent)["host"]
+    if isinstance(made, CaloraError):
+        raise made
+    return made[0]
 
 
 def red(report: Report, against: str) -> set[str]:

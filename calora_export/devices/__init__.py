@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from calora_export.errors import DeviceError, mismatch
+from calora_export.errors import CaloraError, DeviceError, mismatch
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
 
@@ -49,3 +50,18 @@ def run(device: str, package: Package, job: Job, progress: Progress = silent) ->
     kind, _, address = device.partition(":")
     transport: Device = importlib.import_module(f"{__name__}.{kind}")  # type: ignore[assignment]
     return transport.run(address, package, job, progress)
+
+
+def run_each(
+    devices: Sequence[str], package: Package, job: Job, progress: Progress = silent
+) -> dict[str, Trace | CaloraError]:
+    """Run a job on several devices at once. What goes wrong with one is its answer, and does not disturb the others."""
+
+    def attempt(device: str) -> Trace | CaloraError:
+        try:
+            return run(device, package, job, progress)
+        except CaloraError as error:
+            return error
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return dict(zip(devices, pool.map(attempt, devices), strict=True))

@@ -31,7 +31,7 @@ class Bed(Protocol):
         ...
 
     def small(self, patch: pytest.MonkeyPatch) -> Path:
-        """From now on its directory is on a file system of 4 MB; where, as this machine sees it, or else nowhere."""
+        """From now on its directory is on a file system of 4 MB: where, as this machine sees it."""
         ...
 
     def readonly(self, patch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ class AdbBed:
 
     def small(self, patch: pytest.MonkeyPatch) -> Path:
         patch.setenv("CALORA_DEVICE_DIR", "/mnt/full")
-        return self._phone.root / "mnt" / "full"  # of this machine's view: always empty
+        return self._phone.inside / "mnt" / "full"
 
     def readonly(self, patch: pytest.MonkeyPatch) -> None:
         patch.setenv("CALORA_DEVICE_DIR", "/mnt/readonly")

@@ -28,6 +28,11 @@ class Phone:
     def serial(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def inside(self) -> Path:
+        """Its files with what is mounted there, which this machine does not see otherwise."""
+        return Path(f"/proc/{self._process.pid}/root")
+
     def start(self) -> None:
         command = ["bash", str(SCRIPT), "run", str(self._directory), str(self.port)]
         with (self._directory / "log").open("ab") as log:

@@ -18,13 +18,16 @@ import pytest
 
 from calora_export import devices, native, pipeline
 from calora_export import package as packages
+from calora_export import report as reports
 from calora_export.adapters import Adapter
 from calora_export.devices import _remote, host
 from calora_export.errors import DeviceError
 from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
 from calora_export.package import Package
+from calora_export.report import Report
 from calora_export.runtimes import onnx
 from tests.conftest import Export
+from tests.devices import sshd
 from tests.devices.beds import AdbBed, Bed, SshBed, wait_for
 from tests.devices.phone import Phone
 from tests.packages import copy_package
@@ -162,6 +165,22 @@ def test_the_demo_is_right_on_every_processor(
     assert report.device.emulated and len([row for row in report.parity if row.case.startswith("adapter:")]) >= 8
 
 
+def test_several_devices_at_once(tiny: Path, package: Path, ssh_bed: SshBed, tmp_path: Path) -> None:
+    """Each has its own report; what goes wrong with one does not disturb the others."""
+    copy = copy_package(package, tmp_path / "package")
+    gone = f"ssh:127.0.0.1:{sshd.free_port()}"
+    answers = pipeline.validate_each(copy, tiny, ("host", ssh_bed.device, gone))
+    assert list(answers) == ["host", ssh_bed.device, gone]
+    found = {}
+    for device in ("host", ssh_bed.device):
+        report = answers[device]
+        assert isinstance(report, Report) and report.passed
+        found[device] = reports.read(pipeline.report_directory(copy, device, list(answers)) / "report.json")
+        assert found[device] == report
+    assert [made.device.kind for made in found.values()] == ["host", "ssh"]
+    assert isinstance(answers[gone], DeviceError) and gone in str(answers[gone])
+
+
 # ── it breaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -228,7 +247,7 @@ def test_the_device_is_full(opened: Package, bed: Bed, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         place = bed.small(patch)
         assert "No space left on device" in fault(bed, opened, "push")
-        assert list(place.iterdir()) == []
+        assert place.is_mount() and list(place.iterdir()) == []
     if isinstance(bed, SshBed):
         bed.unmount()
     works(bed, opened)
