@@ -89,6 +89,16 @@ def both(*breaks: Break) -> Break:
     return lambda bundle: [damage(bundle) for damage in breaks]
 
 
+def encoder(**changes: object) -> str:
+    """A router's config.json with an encoder; its tensors are not there."""
+    config = {
+        "form": "encoder", "vocab_size": 256, "embedding_size": 16, "hidden_size": 16, "intermediate_size": 32,
+        "layers": 1, "heads": 2, "positions": 40, "position_offset": 2, "activation": "gelu", "eps": 1e-5,
+        "projected": False, "shared_layers": False, "pooling": "first", "head": "norm_linear", "num_classes": 2,
+    }  # fmt: skip
+    return json.dumps(config | changes)
+
+
 def spoil(values: np.ndarray) -> np.ndarray:
     """The last value becomes NaN."""
     values = values.copy()
@@ -454,6 +464,92 @@ def _router_and_tasks() -> list[Malformed]:
             '"renorm" or',
             '"softmax"',
         ),
+        _case(
+            "classifier without selection",
+            drop("router.selection"),
+            at(choose),
+            "this key with classifier",
+            "nothing",
+        ),
+        _case(
+            "a table's selection",
+            put("router.kind", "static"),
+            at(choose),
+            "no such key with static",
+            '{"select":"top_p"',
+        ),
+        _case(
+            "static with an mlp",
+            both(put("router.kind", "static"), drop("router.selection")),
+            at("form", config),
+            "table with the kind static",
+            "mlp",
+            UnsupportedError,
+        ),
+        _case(
+            "static with rows",
+            both(
+                put("router.kind", "static"),
+                drop("router.selection"),
+                text(config, '{"form": "table", "rows": 2, "num_classes": 2}'),
+            ),
+            at("rows", config),
+            "1 with the kind static",
+            "2",
+        ),
+        _case(
+            "tasks without a vocabulary",
+            both(
+                put("router.kind", "task_id"),
+                drop("router.selection"),
+                text(config, '{"form": "table", "rows": 2, "num_classes": 2}'),
+            ),
+            at("model.type", "router/tokenizer.json"),
+            '"WordLevel"',
+            '"BPE"',
+        ),
+        _case(
+            "retrieval without centroids",
+            both(put("router.kind", "retrieval"), text(config, encoder())),
+            at("head", config),
+            "cosine with the kind retrieval",
+            "norm_linear",
+        ),
+        _case(
+            "longer than the encoder",
+            both(put("router.max_length", 40), text(config, encoder())),
+            at("router.max_length"),
+            "at most 38, the encoder's positions",
+            "40",
+        ),
+        _case(
+            "heads that do not divide",
+            text(config, encoder(heads=3)),
+            at("heads", config),
+            "a divisor of hidden_size 16",
+            "3",
+        ),
+        _case(
+            "embeddings without a projection",
+            text(config, encoder(embedding_size=8)),
+            at("embedding_size", config),
+            "hidden_size 16, without a projection",
+            "8",
+        ),
+        _case(
+            "an encoder without positions",
+            text(config, encoder(position_offset=40)),
+            at("position_offset", config),
+            "less than 40",
+            "40",
+        ),
+        _case(
+            "an encoder's tensors",
+            both(put("router.max_length", 38), text(config, encoder())),
+            at("embeddings.word.weight", "router"),
+            "a tensor",
+            "nothing",
+        ),
         _case("no router directory", remove("router"), at("file", config), "a file", "nothing"),
         _case(
             "router form",
@@ -663,6 +759,27 @@ def _adapters() -> list[Malformed]:
     down, up, gelu = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight", f"{Q0}.lora_a1.weight"
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     return [
+        _case(
+            "tied sites of other widths",
+            put("adapters.0.branches.1.tied", ["down"]),
+            at("tied at model.layers.0.self_attn.q_proj", "bundle.json"),
+            "[4, 128]",
+            "[4, 64]",
+        ),
+        _case(
+            "tied and stored twice",
+            put("adapters.0.branches.0.tied", ["down"]),
+            at("base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"),
+            "only tensors of the declared branches",
+            "this one",
+        ),
+        _case(
+            "tied sideways",
+            put("adapters.0.branches.0.tied", ["left"]),
+            at("adapters[0].branches[0].tied[0]", "bundle.json"),
+            '"down" or "up"',
+            '"left"',
+        ),
         _case("no adapter directory", remove("adapters/alpha"), at("file", config), "a file", "nothing"),
         _case("no adapter config", remove(config), at("file", config), "a file", "nothing"),
         _case("no adapter weights", remove(file), at("file"), "a safetensors file", "nothing"),

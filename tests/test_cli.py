@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from calora_export import cli, targets
+from calora_export import cli, importers, targets
 from calora_export.version import VERSION
 from tests.bundles import copy_bundle, edit_json, tiny_base, tiny_bundle
 from tests.packages import copy_package
@@ -75,6 +75,8 @@ def test_light_commands_and_mistakes_import_no_back_end(opened: Path, tiny: Path
             ["--help"],
             ["--version"],
             ["export", "--help"],
+            ["import", "--help"],
+            *(["import", name, "--help"] for name in importers.names()),
             *(["list", what, "--json"] for what in LISTS),
             ["inspect", bundle],
             ["inspect", package, "--json"],
