@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from calora_export import mlpackage
-from calora_export.errors import PackageError, mismatch
-from calora_export.mil_kernels import half, working, working_type
+from calora_export.errors import PackageError, UnsupportedError, mismatch
+from calora_export.mil_kernels import FAULTS, fault, half, working, working_type
 from calora_export.mil_reader import STATES, Code, Reader
 from calora_export.mil_steps import Step
 from calora_export.mil_values import Constants, TensorSpec
@@ -27,7 +27,6 @@ from calora_export.mil_weights import storage
 
 __all__ = ["Function", "Program", "TensorSpec", "load"]
 
-_FAULTS = (RuntimeError, IndexError, ValueError, TypeError)  # what torch raises about shapes and indices
 Inputs = Mapping[str, "np.ndarray | torch.Tensor"]
 
 
@@ -41,6 +40,18 @@ class Program:
 
 def load(package: Path) -> Program:
     """Read a package; PackageError when it is damaged, UnsupportedError when an operator is not known here."""
+    try:
+        return _load(package)
+    except (PackageError, UnsupportedError) as error:
+        if str(error).isprintable():
+            raise
+        line = "".join(
+            letter if letter.isprintable() else " " for letter in str(error)
+        )  # a damaged name may be anything
+        raise type(error)(line) from error
+
+
+def _load(package: Path) -> Program:
     spec: Any = mlpackage.read_spec(package)
     reader = Reader(Constants(package.name, mlpackage.model_file(package).parent))
     described = {function.name: function for function in spec.description.functions}
@@ -128,7 +139,7 @@ class Function:
                     values[step.outputs[0]] = result.half().float() if step.rounds else result
                 for slot in step.dead:
                     values[slot] = None
-        except _FAULTS as error:
+        except FAULTS as error:
             raise self._failure(step, error) from error
 
     def _measure(self, values: list[Any], peaks: dict[str, float]) -> None:
@@ -144,13 +155,12 @@ class Function:
                     values[slot] = half(value) if step.rounds else value
                 for slot in step.dead:
                     values[slot] = None
-        except _FAULTS as error:
+        except FAULTS as error:
             raise self._failure(step, error) from error
 
     def _failure(self, step: Step | None, error: Exception) -> PackageError:
-        place = f"{step.operator} ({', '.join(step.names)})" if step else "no step"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return PackageError(f"{self.label}: {place}: {reason}")
+        place = f": {step.operator} ({', '.join(step.names)})" if step else ""
+        return fault(self.label + place, error)
 
     def _checked(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if state.keys() != self.states.keys():

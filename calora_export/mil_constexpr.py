@@ -14,9 +14,14 @@ from calora_export.mil_kernels import FLOATS, Builder, Given, Kernel, half
 from calora_export.mil_weights import unpack
 
 
-def _decoder(decode: Callable[[Given], torch.Tensor | tuple[torch.Tensor, ...]]) -> Builder:
+def _decoder(decode: Callable[[Given], torch.Tensor | tuple[torch.Tensor, ...]], *parameters: str) -> Builder:
     """A kernel of no run-time input: all parameters are constants, read when the weight is first used."""
-    return lambda given: Kernel((), lambda: decode(given), exact=True)
+
+    def build(given: Given) -> Kernel:
+        given.present(*parameters)
+        return Kernel((), lambda: decode(given), exact=True)
+
+    return build
 
 
 def _typed(value: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -68,6 +73,11 @@ def affine_dequantize(given: Given) -> torch.Tensor:
         return value.reshape(shape) if value.dim() else value
 
     return _typed((data - spread("zero_point")) * spread("scale"), given.outputs[0])
+
+
+def cast(given: Given) -> torch.Tensor:
+    """The same numbers in another type."""
+    return _typed(_float(given.constant("source_val")), given.outputs[0])
 
 
 def _look_up(indices: np.ndarray, table: np.ndarray, axis: int) -> torch.Tensor:
@@ -136,11 +146,13 @@ def sparse_blockwise_shift_scale(given: Given) -> tuple[torch.Tensor, torch.Tens
 
 
 BUILDERS: dict[str, Builder] = {
-    "constexpr_affine_dequantize": _decoder(affine_dequantize),
-    "constexpr_blockwise_shift_scale": _decoder(blockwise_shift_scale),
-    "constexpr_cast": _decoder(lambda given: _typed(_float(given.constant("source_val")), given.outputs[0])),
-    "constexpr_lut_to_dense": _decoder(lut_to_dense),
-    "constexpr_lut_to_sparse": _decoder(lut_to_sparse),
-    "constexpr_sparse_blockwise_shift_scale": _decoder(sparse_blockwise_shift_scale),
-    "constexpr_sparse_to_dense": _decoder(sparse_to_dense),
+    "constexpr_affine_dequantize": _decoder(affine_dequantize, "quantized_data", "scale", "zero_point", "axis"),
+    "constexpr_blockwise_shift_scale": _decoder(blockwise_shift_scale, "data", "scale", "offset"),
+    "constexpr_cast": _decoder(cast, "source_val", "output_dtype"),
+    "constexpr_lut_to_dense": _decoder(lut_to_dense, "indices", "lut", "vector_axis", "shape"),
+    "constexpr_lut_to_sparse": _decoder(lut_to_sparse, "indices_mask", "indices_nonzero_data", "lut", "vector_axis"),
+    "constexpr_sparse_blockwise_shift_scale": _decoder(
+        sparse_blockwise_shift_scale, "data_mask", "nonzero_data", "scale", "offset"
+    ),
+    "constexpr_sparse_to_dense": _decoder(sparse_to_dense, "nonzero_data", "mask", "shape"),
 }

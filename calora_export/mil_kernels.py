@@ -7,17 +7,25 @@ int64 where 32 bits do not hold the type, and float32; a float16 value is a floa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from calora_export.errors import UnsupportedError, mismatch
+from calora_export.errors import PackageError, UnsupportedError, mismatch
 
 FLOATS = frozenset({"float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
+FAULTS = (
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+)  # of torch and numpy, about shapes and values
 _WIDE = frozenset({"int64", "uint64", "uint32"})
 
 
@@ -49,10 +57,16 @@ class Given:
     generation: int  # 5 is iOS 15, 8 is iOS 18
     parameters: Mapping[str, Sequence[Constant | None]]
     outputs: Sequence[str]  # dtypes
+    asked: set[str] = field(default_factory=set)  # a parameter that no one asks for is one that no one heeds
 
     def has(self, name: str) -> bool:
         """Whether the operation gives this parameter."""
+        self.asked.add(name)
         return bool(self.parameters.get(name))
+
+    def ignore(self, *names: str) -> None:
+        """These parameters change no result of a program that is right."""
+        self.asked.update(names)
 
     def present(self, *names: str) -> tuple[str, ...]:
         """Those of the names that the operation gives."""
@@ -60,6 +74,7 @@ class Given:
 
     def constant(self, name: str) -> np.ndarray:
         """A parameter that has to be known before the run; UnsupportedError when it is not."""
+        self.asked.add(name)
         found = self.parameters[name][0]
         if found is None:
             raise self.refusal(name, "a constant", "a value computed at run time")
@@ -68,6 +83,12 @@ class Given:
     def value(self, name: str, default: Any) -> Any:
         """A scalar parameter as a Python number, bool or string."""
         return self.constant(name).item() if self.has(name) else default
+
+    def needed(self, name: str) -> Any:
+        """The same where there is no default."""
+        if not self.has(name):
+            raise self.refusal(name, "a value", "nothing")
+        return self.value(name, None)
 
     def ints(self, name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
         """A vector parameter as Python integers (or bools)."""
@@ -120,6 +141,23 @@ def working(array: np.ndarray) -> torch.Tensor:
     array = np.require(array, requirements=["C", "W"])  # torch takes no read-only arrays
     value = torch.from_numpy(array).reshape(array.shape)
     return value.float() if value.dtype == torch.float16 else value  # torch widens much faster than numpy
+
+
+@contextmanager
+def telling(place: str) -> Iterator[None]:
+    """What goes wrong inside is a PackageError of one line that begins with the place."""
+    try:
+        yield
+    except FAULTS as error:
+        raise fault(place, error) from error
+
+
+def fault(place: str, error: Exception) -> PackageError:
+    """The error of an operation that can not be built or run: a damaged package, or inputs that do not fit together."""
+    reason = str(error).splitlines()[0] if str(error) else "no reason"
+    return PackageError(
+        f"{place}: {type(error).__name__}: {reason}" if isinstance(error, LookupError) else f"{place}: {reason}"
+    )
 
 
 def half(value: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ def l2_norm(given: Given) -> Kernel:
 
 def local_response_norm(given: Given) -> Kernel:
     """x / (k + alpha/size · Σ x²)^beta over neighbouring channels."""
-    size = given.value("size", None)
+    size = given.needed("size")
     alpha, beta, k = given.value("alpha", 1e-4), given.value("beta", 0.75), given.value("k", 1.0)
     return Kernel(("x",), lambda x: F.local_response_norm(x, size, alpha, beta, k))
 

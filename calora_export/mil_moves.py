@@ -30,7 +30,7 @@ def reshape_like(given: Given) -> Kernel:
     """A shape put together from parts of other tensors' shapes."""
     begins, ends, open_ends = (
         [constant.array.item() for constant in given.parameters[name] if constant is not None]
-        for name in ("begins", "ends", "end_masks")
+        for name in given.present("begins", "ends", "end_masks")
     )
 
     def run(x: torch.Tensor, *models: torch.Tensor) -> torch.Tensor:
@@ -78,19 +78,19 @@ def transpose(given: Given) -> Kernel:
 
 def pixel_shuffle(given: Given) -> Kernel:
     """Channels into space."""
-    factor = given.value("upscale_factor", None)
+    factor = given.needed("upscale_factor")
     return moving(lambda x: F.pixel_shuffle(x, factor), "x")
 
 
 def pixel_unshuffle(given: Given) -> Kernel:
     """Space into channels."""
-    factor = given.value("downscale_factor", None)
+    factor = given.needed("downscale_factor")
     return moving(lambda x: F.pixel_unshuffle(x, int(factor)), "x")
 
 
 def concat(given: Given) -> Kernel:
     """Tensors (and scalars) one after the other, or their elements in turn."""
-    axis, in_turn = given.value("axis", None), given.value("interleave", False)
+    axis, in_turn = given.needed("axis"), given.value("interleave", False)
 
     def run(*values: torch.Tensor) -> torch.Tensor:
         if not in_turn:
@@ -103,13 +103,13 @@ def concat(given: Given) -> Kernel:
 
 def stack(given: Given) -> Kernel:
     """Tensors side by side along a new axis."""
-    axis = given.value("axis", None)
+    axis = given.needed("axis")
     return moving(lambda *values: torch.stack(values, axis), "values")
 
 
 def split(given: Given) -> Kernel:
     """Parts of given sizes, or of one size."""
-    axis, sizes, parts = given.value("axis", None), given.ints("split_sizes"), given.value("num_splits", 1)
+    axis, sizes, parts = given.needed("axis"), given.ints("split_sizes"), given.value("num_splits", 1)
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(x, list(sizes) if sizes else x.shape[axis] // parts, axis)

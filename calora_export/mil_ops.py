@@ -44,7 +44,7 @@ def _scalars(function: Callable[..., torch.Tensor], *names: str) -> Builder:
     """An activation with constant scalar parameters, which follow x."""
 
     def build(given: Given) -> Kernel:
-        values = tuple(given.value(name, None) for name in names)
+        values = tuple(given.needed(name) for name in names)
         return Kernel(("x",), lambda x: function(x, *values))
 
     return build
@@ -79,7 +79,7 @@ def _gelu(given: Given) -> Kernel:
 
 
 def _clip(given: Given) -> Kernel:
-    low, high = given.value("alpha", None), given.value("beta", None)
+    low, high = given.needed("alpha"), given.needed("beta")
     return Kernel(("x",), lambda x: x.clamp(low, high), exact=True)
 
 
@@ -96,7 +96,7 @@ _CASTS = {
 
 
 def _cast(given: Given) -> Kernel:
-    target = given.value("dtype", None)
+    target = given.needed("dtype")
     if target not in _CASTS:
         raise given.refusal("dtype", "one of " + ", ".join(_CASTS), target)
     return Kernel(("x",), _CASTS[target], exact=target != "fp16", shares=target != "fp16")
@@ -135,6 +135,7 @@ def _product(x: torch.Tensor, axes: tuple[int, ...], keep: bool) -> torch.Tensor
 
 def _best(function: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> Builder:
     def build(given: Given) -> Kernel:
+        given.ignore("output_dtype")
         axis, keep = given.value("axis", -1), bool(given.value("keep_dims", False))
         return Kernel(("x",), lambda x: function(x, axis, keep).int(), exact=True)
 
@@ -155,7 +156,7 @@ def _linear(given: Given) -> Kernel:
 
 
 def _einsum(given: Given) -> Kernel:
-    equation = given.value("equation", None)
+    equation = given.needed("equation")
     return Kernel(("values",), lambda *values: torch.einsum(equation, *values))
 
 
@@ -184,7 +185,7 @@ def _cumsum(given: Given) -> Kernel:
 
 
 def _quantize(given: Given) -> Kernel:
-    low, high = {"int8": (-128, 127), "uint8": (0, 255)}[given.value("output_dtype", None)]
+    low, high = {"int8": (-128, 127), "uint8": (0, 255)}[given.needed("output_dtype")]
     axis = given.value("axis", 0)
 
     def run(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor = _ZERO) -> torch.Tensor:

@@ -14,6 +14,7 @@ _POSITIVE_INDICES = 7  # since iOS 17 a negative index is out of range
 
 def gather(given: Given) -> Kernel:
     """x's slices at the indices, along one axis, perhaps separately for each leading index."""
+    given.ignore("validate_indices")
     axis, batch = given.value("axis", 0), given.value("batch_dims", 0)
     wrap = given.generation < _POSITIVE_INDICES
 
@@ -42,6 +43,7 @@ def _gather_each(x: torch.Tensor, indices: torch.Tensor, axis: int, batch: int) 
 
 def gather_along_axis(given: Given) -> Kernel:
     """numpy's take_along_axis."""
+    given.ignore("validate_indices")
     axis = given.value("axis", 0)
     return moving(lambda x, indices: torch.gather(x, axis, indices.long()), "x", "indices")
 
@@ -55,6 +57,7 @@ def _places(data: torch.Tensor, indices: torch.Tensor, batch: int) -> tuple[torc
 
 def gather_nd(given: Given) -> Kernel:
     """x[indices[…, 0], indices[…, 1], …]."""
+    given.ignore("validate_indices")
     batch = given.value("batch_dims", 0)
     return moving(lambda x, indices: x[_places(x, indices, batch)], "x", "indices")
 
@@ -68,6 +71,7 @@ _COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def _scatterer(given: Given, places: Callable[[torch.Tensor, torch.Tensor], tuple[Any, ...]]) -> Kernel:
+    given.ignore("validate_indices")
     mode = given.value("mode", "add")
     if mode not in ("add", "sub", "update", *_COMBINE):
         raise given.refusal("mode", "add, sub, update, " + ", ".join(_COMBINE), mode)
@@ -120,6 +124,7 @@ def _sorter(given: Given) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.
 def topk(given: Given) -> Kernel:
     """The k largest (or smallest) values along an axis, sorted, and where they were."""
     axis, count, ordered = given.value("axis", -1), given.value("k", 1), _sorter(given)
+    given.ignore("sort", "output_indices_dtype", "return_indices")
     alone = len(given.outputs) == 1
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

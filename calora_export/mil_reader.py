@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from calora_export.errors import PackageError, UnsupportedError, mismatch
-from calora_export.mil_kernels import Constant, Given, Kernel, half
+from calora_export.mil_kernels import Constant, Given, Kernel, half, telling
 from calora_export.mil_ops import OPERATORS
 from calora_export.mil_steps import READ, WRITE, Step, with_deaths, with_overwriting
 from calora_export.mil_values import Constants, TensorSpec, described_tensor, tensor_type
@@ -111,16 +111,16 @@ class _Draft:
         place = f"{self.label}: {operation.type} ({', '.join(names)})"
         for output in operation.outputs:
             self.types[output.name] = tensor_type(output.type, place)
-        if operation.type == "const":
-            self.known[names[0]] = self.constants.of(operation.attributes["val"], place)
-        elif operation.type in (READ, WRITE):
-            self._take_state(operation, names, place)
-        elif operation.type not in OPERATORS:
-            raise UnsupportedError(
-                mismatch("coreml", "operator", "one of the reference runtime", f"{operation.type} ({', '.join(names)})")
-            )
-        else:
-            self._take_operator(operation, names, place)
+        if operation.type not in ("const", READ, WRITE, *OPERATORS):
+            found = f"{operation.type} ({', '.join(names)})"
+            raise UnsupportedError(mismatch("coreml", "operator", "one of the reference runtime", found))
+        with telling(place):
+            if operation.type == "const":
+                self.known[names[0]] = self.constants.of(operation.attributes["val"], place)
+            elif operation.type in (READ, WRITE):
+                self._take_state(operation, names, place)
+            else:
+                self._take_operator(operation, names, place)
 
     def _take_state(self, operation: Any, names: tuple[str, ...], place: str) -> None:
         state = operation.inputs["input"].arguments[0].name
@@ -144,6 +144,10 @@ class _Draft:
         known = {name: [v if isinstance(v, Constant) else None for v in values] for name, values in parameters.items()}
         given = Given(operation.type, names[0], self.generation, known, dtypes)
         kernel = OPERATORS[operation.type](given)
+        for name in sorted(parameters.keys() - given.asked - set(kernel.inputs)):
+            raise given.refusal("parameters", "those of the reference runtime", name)
+        for name in set(kernel.inputs) - parameters.keys():
+            raise PackageError(mismatch(place, name, "a value", "nothing"))
         if all(isinstance(value, Constant) for values in parameters.values() for value in values):
             self.known.update(zip(names, self._fold(given, kernel, parameters, place), strict=True))
             return
@@ -171,7 +175,7 @@ class _Draft:
 
             @cache
             def compute() -> tuple[torch.Tensor, ...]:
-                with torch.inference_mode():
+                with torch.inference_mode(), telling(place):
                     result = kernel.run(*[value.tensor for value in inputs])
                     results = result if isinstance(result, tuple) else (result,)
                     rounds = given.outputs[0] == "float16" and not kernel.exact

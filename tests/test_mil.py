@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from calora_export import mil, mlpackage
-from calora_export.errors import PackageError, UnsupportedError
+from calora_export.errors import CaloraError, PackageError, UnsupportedError
 from tests.mil_programs import convert, operators, quiet, save
 
 FLOAT16 = {"rtol": 2e-2, "atol": 4e-3}
@@ -399,6 +399,29 @@ def test_an_unknown_operator_is_named_at_load(broken: Path) -> None:
         mil.load(broken)
 
 
+def test_a_parameter_of_another_name_is_told(broken: Path) -> None:
+    """It is neither ignored nor left out."""
+
+    def change(operator: str, old: str, new: str | None) -> None:
+        def rename(spec: Any) -> None:
+            operation = next(op for op in operations(spec) if op.type == operator)
+            if new:
+                operation.inputs[new].CopyFrom(operation.inputs[old])
+            del operation.inputs[old]
+
+        rewrite(broken, rename)
+
+    change("silu", "x", "z")
+    with pytest.raises(UnsupportedError, match=r"^coreml: silu \(\w+\): parameters: expected those of .*, found z$"):
+        mil.load(broken)
+    change("silu", "z", None)
+    with pytest.raises(PackageError, match=r"silu \(\w+\): x: expected a value, found nothing$"):
+        mil.load(broken)
+    change("concat", "axis", None)
+    with pytest.raises(UnsupportedError, match=r"^coreml: concat \(\w+\): axis: expected a value, found nothing$"):
+        mil.load(broken)
+
+
 def test_an_option_that_is_not_computed_is_named(packages: Path) -> None:
     def body(m: Any, given: Any) -> dict[str, Any]:
         size = {"target_size_height": 4, "target_size_width": 4, "sampling_mode": "OFFSET_CORNERS"}
@@ -449,6 +472,22 @@ def test_a_name_that_nothing_defines_is_told(broken: Path) -> None:
 
 
 IDS, MASK = np.ones((1, 3), np.int32), np.zeros((1, 1, 3, 3), np.float32)
+
+
+def test_any_damage_of_the_specification_is_one_line(broken: Path) -> None:
+    """Whichever byte is another: it loads, or it says in one line why not."""
+    file = mlpackage.model_file(broken)
+    content = file.read_bytes()
+    random = np.random.default_rng(0)
+    told = 0
+    for at in random.choice(len(content), 250, replace=False):
+        file.write_bytes(content[:at] + bytes([content[at] ^ (1 << random.integers(8))]) + content[at + 1 :])
+        try:
+            mil.load(broken)
+        except CaloraError as error:
+            told += 1
+            assert "\n" not in str(error)
+    assert told > 50
 
 
 @pytest.mark.parametrize(
