@@ -219,15 +219,18 @@ def validate(
 @app.command()
 def bench(package: PackagePath, device: Device = "host", json: Json = False, debug: Debug = False) -> None:
     """Measure latency and memory only."""
-    with reporting(debug):
+    with reporting(debug), progress() as say:
         from calora_export import latency, measuring
 
-        answer, job = measuring.bench(package, device)
+        answer, job = measuring.bench(package, device, say)
         made = latency.summarise(job, answer)
-        if json:
-            emit({"package": str(package), "device": answer.device, "arch": answer.arch, "latency": made})
-        else:
-            show_latency(made)
+    if json:
+        facts = {"device": answer.device, "arch": answer.arch, "emulated": answer.emulated}
+        emit({"package": str(package), **facts, "latency": made})
+        return
+    show_latency(made)
+    if answer.emulated:
+        err.print("note: an emulated device; its times mean nothing and are not to be compared.")
 
 
 @app.command()
@@ -495,6 +498,8 @@ def show_report(made: Report, directory: Path) -> None:
     show_latency(made.latency)
     for problem in made.problems:
         out.print(f"[red]✗[/red] {escape(problem)}", highlight=False)
+    if made.device.emulated:
+        out.print("An emulated device: its times mean nothing and are not to be compared.")
     verdict = "[green]PASSED[/green]" if made.passed else "[red]FAILED[/red]"
     page = escape(str(directory / "report.html"))
     out.print(f"{verdict} {escape(made.package)} on {made.device.name}. Report: {page}")

@@ -12,14 +12,14 @@ from calora_export import package as packages
 from calora_export.jobs import Answer, Job
 
 
-def bench(package_path: Path, device: str) -> tuple[Answer, Job]:
+def bench(package_path: Path, device: str, progress: devices.Progress = devices.silent) -> tuple[Answer, Job]:
     """Time a package on a device, with seeded noise for a prompt."""
     package = packages.load(package_path)
     noise = np.random.default_rng(0).integers(0, package.manifest.model.vocab, latency.PROMPT)
     timing = latency.timing(package, tuple(int(token) for token in noise))
     routes = (tuple(range(8)),) if package.manifest.router else ()
     job = Job(threads=threads(), timing=timing, routes=routes)
-    return devices.run(device, package, job).answer, job
+    return devices.run(device, package, job, progress).answer, job
 
 
 def threads() -> int:

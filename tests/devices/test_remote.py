@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calora_export import devices, native, pipeline
+from calora_export import devices, native, pipeline, validation
 from calora_export import package as packages
 from calora_export import report as reports
 from calora_export.adapters import Adapter
@@ -155,9 +155,16 @@ def test_only_what_changed_is_pushed(opened: Package, bed: Bed) -> None:
 @pytest.mark.parametrize("cpu", ["cortex-a53", "cortex-a76", "max"])
 @pytest.mark.parametrize("recipe", ["onnx-int4", "executorch-8da4w"])
 def test_the_demo_is_right_on_every_processor(
-    demo: Path, demo_package: Export, phone_on: Callable[[str], Phone], tmp_path: Path, cpu: str, recipe: str
+    demo: Path,
+    demo_package: Export,
+    phone_on: Callable[[str], Phone],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cpu: str,
+    recipe: str,
 ) -> None:
     """What kernels see of a core decides which of them run: without dot products, with them, with SVE."""
+    monkeypatch.setattr(validation, "EXAMPLES", 4)  # of 200 for each task
     bed = AdbBed(phone_on(cpu))
     copy = copy_package(demo_package(recipe), tmp_path / "package")
     report = pipeline.validate(copy, demo, bed.device, lambda _: None)
