@@ -74,7 +74,8 @@ class Description:
     outputs: Mapping[str, str]
 
 
-Body = Callable[[Mapping[str, Var]], Mapping[str, Var]]
+Values = Mapping[str, Var]
+Body = Callable[[Values], Values]
 
 
 def build(inputs: Sequence[Input], states: Sequence[State], bodies: Mapping[str, Body]) -> Program:
@@ -136,7 +137,7 @@ def save(
             compute_units=ct.ComputeUnit.ALL,
             specification_version=TARGET.value,
             skip_model_load=True,
-            pass_pipeline=ct.PassPipeline.EMPTY,  # it would fold weights and rename; what is written is what is meant
+            pass_pipeline=ct.PassPipeline(["common::dedup_op_and_var_names"]),  # what is written is what is meant
         )
     texts = {given.name: given.description for given in (*inputs, *states)}
     _write(model, path, description, texts)

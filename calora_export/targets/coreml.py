@@ -19,8 +19,7 @@ from torch.fx import Node
 
 from calora_export import mlpackage
 from calora_export.errors import UnsupportedError, mismatch
-from calora_export.graph import Graph
-from calora_export.model import Rows
+from calora_export.graph import Graph, Rows
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
@@ -162,15 +161,14 @@ class _Lowering:
         deltas = self._deltas(x, _nodes.slot_sites(self.roles, node))
         for i, weight in enumerate(weights):
             bias = _constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
-            seen = x if weight.order is None else mb.gather(x=x, indices=weight.order.numpy().astype(np.int32), axis=-1)
-            y = mb.linear(x=seen, weight=self._weight(weight), bias=bias, name=_label(weight.name))
+            order = None if weight.order is None else weight.order.numpy().astype(np.int32)
+            seen = x if order is None else mb.gather(x=x, indices=order, axis=-1)
+            site = weight.name.removesuffix(".weight")
+            y = mb.linear(x=seen, weight=self._weight(weight), bias=bias, name=_label(site))
             self.values[node, i] = mb.add(x=y, y=deltas[i]) if i in deltas else y
 
     def _weight(self, weight: Weight) -> Var:
-        """[out, in]: dense, or the bundle's integers and scales."""
-        return self._once(
-            weight.name, lambda: _packed(weight) if weight.bits else _constant(weight.name, weight.values.numpy())
-        )
+        return self._once(weight.name, lambda: weight_of(weight))
 
     def _deltas(self, x: Var, members: Sequence[tuple[int, str]]) -> dict[int, Var]:
         """Member → what its slot adds: one `down` and one non-linearity for the group, one `up` each."""
@@ -220,14 +218,8 @@ class _Lowering:
         self.values[node, 0] = mb.gather(x=weight, indices=self.value(node.args[0]), axis=0)
 
     def lower_rms_norm(self, node: Node) -> None:
-        """x / m · rsqrt(mean((x / m)²) + eps / m²) · weight with m = max|x|: squares stay in the range of float16."""
-        x, weight, eps = self.value(node.args[0]), self.value(node.args[1]), float(node.args[2])  # type: ignore[arg-type]
-        largest = mb.maximum(x=mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True), y=TINY)
-        y = mb.real_div(x=x, y=largest)
-        floor = mb.real_div(x=HALF(math.sqrt(eps)), y=largest)
-        mean = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
-        scale = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=floor, y=floor)), epsilon=HALF(0))
-        self.values[node, 0] = mb.mul(x=mb.mul(x=y, y=scale), y=weight)
+        x, weight, eps = self.value(node.args[0]), self.value(node.args[1]), node.args[2]
+        self.values[node, 0] = rms_norm(x, weight, float(eps))  # type: ignore[arg-type]
 
     def lower_attention(self, node: Node) -> None:
         """The query heads that share a key head are rows of one query: keys and values are read as they are cached."""
@@ -393,16 +385,19 @@ def _constant(name: str, values: np.ndarray) -> Var:
     return mb.const(val=values.astype(HALF), name=_label(name))
 
 
-def _packed(weight: Weight) -> Var:
-    """The bundle's integers, zero points and scales; or its codebook's positions, and a scale for what they mean."""
-    label, scale = _label(weight.name), weight.scale.numpy().astype(HALF)
-    if weight.codebook is not None:
-        positions = weight.values.numpy().view(types.np_uint4_dtype)
-        codebook = weight.codebook.numpy().astype(HALF).reshape(1, 1, -1, 1)
+def weight_of(held: Weight) -> Var:
+    """[out, in], as the bundle has it: its integers, zero points and scales; its codebook's positions, and a scale for
+    what they mean; or fp16."""
+    if not held.bits:
+        return _constant(held.name, held.values.numpy())
+    label, scale = _label(held.name), held.scale.numpy().astype(HALF)
+    if held.codebook is not None:
+        positions = held.values.numpy().view(types.np_uint4_dtype)
+        codebook = held.codebook.numpy().astype(HALF).reshape(1, 1, -1, 1)
         looked_up = mb.constexpr_lut_to_dense(indices=positions, lut=codebook, name=f"{label}_positions")
         return mb.constexpr_blockwise_shift_scale(data=looked_up, scale=scale, name=f"{label}_q")
-    dtype = types.np_int4_dtype if weight.bits == 4 else np.dtype(np.int8)
-    data, offset = (None if part is None else part.numpy().view(dtype) for part in (weight.values, weight.zero))
+    dtype = types.np_int4_dtype if held.bits == 4 else np.dtype(np.int8)
+    data, offset = (None if part is None else part.numpy().view(dtype) for part in (held.values, held.zero))
     return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset, name=f"{label}_q")
 
 
@@ -428,6 +423,16 @@ def _rotate(x: Var, cos: Var, sin: Var) -> Var:
     second = mb.add(x=mb.mul(x=b, y=cos), y=mb.mul(x=a, y=sin))
     rest = [_slice(x, -1, 2 * half, width)] if width > 2 * half else []
     return mb.concat(values=[first, second, *rest], axis=-1)
+
+
+def rms_norm(x: Var, weight: Var | np.ndarray, eps: float) -> Var:
+    """x / m · rsqrt(mean((x / m)²) + eps / m²) · weight with m = max|x|: squares stay in the range of float16."""
+    largest = mb.maximum(x=mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True), y=TINY)
+    y = mb.real_div(x=x, y=largest)
+    floor = mb.real_div(x=HALF(math.sqrt(eps)), y=largest)
+    mean = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
+    scale = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=floor, y=floor)), epsilon=HALF(0))
+    return mb.mul(x=mb.mul(x=y, y=scale), y=weight)
 
 
 def _attend(q: Var, k: Var, v: Var, mask: Var, scale: float, softcap: float) -> Var:
