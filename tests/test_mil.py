@@ -308,15 +308,19 @@ def test_the_peak_is_seen_before_it_overflows(packages: Path) -> None:
     )
 
 
-def test_float16_accumulates_in_float32(packages: Path) -> None:
-    """4096 products of 1: float16 sums would stop at 2048."""
+def test_float16_accumulates_in_float32_and_rounds_every_result(packages: Path) -> None:
+    """4096 products of 1: float16 sums would stop at 2048. And 2048 + 1 - 2048: float32 would give 1."""
     ones = np.ones((1, 4096), np.float16)
 
     def body(m: Any, given: Any) -> dict[str, Any]:
-        return {"y": m.matmul(x=given["x"], y=given["x"], transpose_y=True), "z": m.reduce_sum(x=given["x"], axes=[1])}
+        product = m.matmul(x=given["x"], y=given["x"], transpose_y=True)
+        half = m.mul(x=product, y=np.float16(0.5))
+        one = m.slice_by_index(x=given["x"], begin=[0, 0], end=[1, 1])
+        total = m.reduce_sum(x=given["x"], axes=[1])
+        return {"product": product, "sum": total, "lost": m.sub(x=m.add(x=half, y=one), y=half)}
 
     found = mil.load(save(packages / "sums.mlpackage", {"x": ones}, body)).functions["main"].run({"x": ones}, {})
-    assert found["y"].item() == found["z"].item() == 4096
+    assert {name: value.item() for name, value in found.items()} == {"product": 4096, "sum": 4096, "lost": 0}
 
 
 # What is wrong is told in one line

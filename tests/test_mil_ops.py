@@ -96,8 +96,10 @@ def test_every_operator_has_a_case() -> None:
 
 
 def test_kernels_keep_their_promises(computed: tuple[str, mil.Function]) -> None:
-    """Nobody writes in an input, and a result lies in an input's memory only where its kernel says so."""
-    _, function = computed
+    """Nobody writes in an input; a result lies in an input's memory only where its kernel says so; all in a float16
+    program is float16, where a kernel says that its results need no rounding, too.
+    """
+    precision, function = computed
     code = function.code
     values: list[Any] = [None] * code.size
     for constant, slot in code.constants.items():
@@ -113,4 +115,6 @@ def test_kernels_keep_their_promises(computed: tuple[str, mil.Function]) -> None
         for slot, value in zip(step.outputs, results(result), strict=True):
             values[slot] = kept = value.half().float() if step.rounds else value
             assert kept.dtype in (torch.float32, torch.int32, torch.bool), step.names
+            if precision == "float16" and kept.is_floating_point():
+                assert torch.equal(kept, kept.half().float()), f"{step.names} is not rounded"
             assert step.shares or kept.untyped_storage().data_ptr() not in memory, f"{step.names} shares memory"
