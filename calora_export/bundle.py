@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -101,7 +102,7 @@ class Bundle:
         """The tensors of the base as they lie in its files."""
         return self.weights.tensors
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every 2-D weight of the base."""
         return {name: stored.shape for name, stored in self.weights.formats.items()}

@@ -84,7 +84,8 @@ class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class Represented(Struct, frozen=True, forbid_unknown_fields=True):
     """A weight that is not exactly as the bundle has it; sqnr_db is the signal-to-noise ratio of the change.
 
-    stored and held: `float`, or bits and group size, such as `int8/32`; a group of 0 is a row.
+    stored and held: `float`, or bits and group size, such as `int8/32`, a group of 0 being a row; `uint4/32` has zero
+    points, `nf4/64` a codebook.
     """
 
     module: str

@@ -84,8 +84,7 @@ def test_what_each_target_holds_exactly() -> None:
     assert {outcomes[scheme, "executorch-8da4w"] for scheme in packed - exact} == {"refused"}
     allowed = {scheme for scheme in packed - exact if outcomes[scheme, "executorch-8da8w"] == "re-represented"}
     assert packed - exact - allowed == {"int4, groups of 16"}
-    odd = {scheme for scheme in packed if "zero points" in scheme or "act-order" in scheme or "nf4" in scheme}
-    assert {scheme for scheme in packed if outcomes[scheme, "coreml-int4"] != "exact"} == odd
+    assert {scheme for scheme in packed if outcomes[scheme, "coreml-int4"] != "exact"} == {"nf4, blocks of 64"}
 
 
 @pytest.mark.parametrize("name", sorted(recipe.catalogue()))

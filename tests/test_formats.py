@@ -17,16 +17,18 @@ from calora_export import formats, pipeline
 from calora_export.cli import app
 from calora_export.errors import UnsupportedError
 from tests import zoo
+from tests.mlpackage_file import MlpackageFile
 from tests.onnx_file import OnnxFile
 from tests.pte_file import PteFile
 from tests.zoo import Animal
 
 Find = Callable[[str], Animal]
 CELLS = {(cell.scheme, cell.recipe): cell for cell in formats.matrix()}
-DECODED = ("onnx-int4", "executorch-8da4w")
+DECODED = ("onnx-int4", "executorch-8da4w", "coreml-int4")
 READERS: dict[str, Callable[[Path], list[np.ndarray]]] = {
     "onnx": lambda package: OnnxFile(package).dequantized(),
     "executorch": lambda package: PteFile(package).filters(),
+    "coreml": lambda package: MlpackageFile(package).dequantized(),
     "torch": lambda package: list(load_file(package / "model.safetensors").values()),
 }
 
@@ -76,6 +78,18 @@ def test_re_represented_is_the_nearest_and_says_what_it_keeps(
             assert (scheme, said[module].held) == ("int4, groups, fp16 scales", "int4/32")
             assert not zoo.has(found, stored)
             assert 45 < said[module].sqnr_db < 70
+
+
+@pytest.mark.parametrize(("scheme", "recipe"), cells("re-represented", "coreml-int4"))
+def test_core_ml_rounds_a_codebook_to_fp16(find: Find, tmp_path: Path, scheme: str, recipe: str) -> None:
+    held = find(scheme)
+    package = pipeline.export(held.bundle, tmp_path / "package", recipe)
+    found, said = MlpackageFile(package.path).dequantized(), {e.module: e for e in package.manifest.represented}
+    for module, stored in held.expected.items():
+        same = [matrix for matrix in found if matrix.shape == stored.shape]
+        made = min(same, key=lambda matrix: np.abs(matrix - stored).max())
+        kept = 10 * np.log10(np.square(stored).sum() / np.square(stored - made).sum())
+        assert said[module].sqnr_db == pytest.approx(kept, abs=0.02) and kept > 65
 
 
 @pytest.mark.parametrize(("scheme", "recipe"), cells("refused", "executorch-8da4w", "executorch-8da8w"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from calora_export import recipe
 from calora_export.compression import PackedWeight, quantize_symmetric
 from calora_export.errors import UnsupportedError
-from calora_export.holding import hold
+from calora_export.formats import samples
+from calora_export.holding import EXACT, hold
 
 ROWS = 5
 GROUPS = st.sampled_from([1, 2, 6, 16, 32, 48, 64, 96, 128, 160, 192, 256])
@@ -22,11 +25,59 @@ def packed(bits: int, group: int, count: int, dtype: type[np.generic] = ml_dtype
 
 
 def kernel_reads(target: str, weight: PackedWeight) -> bool:
-    """What the runtimes' own documentation says of MatMulNBits and of XNNPACK's qc8w, qc4w and qb4w."""
+    """What the runtimes' own documentation says of MatMulNBits, MatMulBnb4 and Gather; of XNNPACK's qc8w, qc4w, qb4w;
+    of iOS 18's constexpr_blockwise_shift_scale and constexpr_lut_to_dense.
+    """
     one = weight.scale.shape[1] == 1
     if target == "onnx":
-        return weight.group_size in (16, 32, 64, 128)
+        return weight.group_size in (16, 32, 64, 128) and (weight.codebook is None or weight.zero is None)
+    if target == "coreml":
+        parts = [weight.scale, *([] if weight.codebook is None else [weight.codebook])]
+        return all(np.array_equal(part.astype(np.float16), part.astype(np.float32)) for part in parts)
+    if (weight.zero, weight.codebook, weight.order) != (None, None, None):
+        return False
     return one or (weight.bits == 4 and weight.group_size % 32 == 0)
+
+
+@pytest.mark.parametrize("target", ["onnx", "executorch", "coreml"])
+@pytest.mark.parametrize("scheme", [name for name, weight in samples().items() if isinstance(weight, PackedWeight)])
+def test_every_scheme_is_held_where_a_kernel_reads_it_or_refused(target: str, scheme: str) -> None:
+    weight = samples()[scheme]
+    assert isinstance(weight, PackedWeight)
+    try:
+        held = hold(target, "lm_head", weight)
+    except UnsupportedError as error:
+        assert f"use {EXACT[target]}" in str(error)
+        return
+    assert kernel_reads(target, held)
+    assert (held.zero is None or held.zero.shape == held.scale.shape) and held.q.dtype == np.int8
+    original = weight.dequantize()
+    noise = np.square(original - held.dequantize()).sum().clip(1e-30)
+    assert 10 * np.log10(np.square(original).sum() / noise) > 40
+
+
+def test_an_order_of_columns_means_nothing_to_a_row() -> None:
+    weight, order = packed(8, 64, 1, np.float16), np.random.default_rng(0).permutation(64)
+    for target in ("onnx", "executorch", "coreml", "torch"):
+        held = hold(target, "lm_head", replace(weight, order=order))
+        assert held.order is None
+        assert np.array_equal(held.dequantize()[:, order], weight.dequantize())
+
+
+def test_a_codebook_that_is_not_nf4_is_refused() -> None:
+    weight = replace(packed(4, 64, 1), codebook=np.linspace(-1, 1, 16, dtype=np.float32))
+    with pytest.raises(UnsupportedError, match="codebook: expected that of NF4, found another one"):
+        hold("onnx", "lm_head", weight)
+
+
+def test_scales_that_fp16_does_not_hold_are_refused_when_they_would_be_infinite() -> None:
+    weight = packed(8, 32, 2, np.float32)
+    with pytest.raises(UnsupportedError, match="at most 65504, which fp16 holds, found 70000"):
+        hold("coreml", "lm_head", replace(weight, scale=np.full_like(weight.scale, 70000)))
+    with np.errstate(all="ignore"):
+        rounded = hold("coreml", "lm_head", weight)
+    assert np.array_equal(rounded.scale, weight.scale.astype(np.float16).astype(np.float32))
+    assert not np.array_equal(rounded.scale, weight.scale)
 
 
 @pytest.mark.parametrize("target", ["onnx", "executorch"])

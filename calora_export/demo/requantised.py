@@ -104,7 +104,7 @@ def _line(line: str) -> dict[str, str]:
 def _model(bundle: Bundle, weight_of: WeightOf) -> LlamaForCausalLM:
     """transformers' own Llama in fp32, filled with these weights."""
     config = LlamaConfig.from_pretrained(bundle.path / "base")
-    del config.quantization_config
+    del config.quantization_config  # type: ignore[attr-defined]
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         module = name.removesuffix(".weight")
