@@ -72,6 +72,11 @@ def command(program: Path, arch: str) -> str:
     return f"./{loader} --library-path {SYSTEM}:. ./{program.name}"
 
 
+def check(program: Path, arch: str) -> str:
+    """A command that fails where `command` would not start: some shells read a foreign program as a script."""
+    return f"./{SYSTEM}/{LOADERS[arch]} --verify ./{program.name}"
+
+
 def host_arch() -> str:
     machine = platform.machine()
     return {"arm64": "aarch64", "AMD64": "x86_64"}.get(machine, machine)

@@ -93,6 +93,7 @@ class Shell:
 
 
 FIRST, END = "connect", "calora-export:"
+UNFIT = 126  # a shell's own exit code for what it cannot execute
 
 
 def _closed(script: str) -> str:
@@ -104,7 +105,8 @@ def _reason(status: int, lines: list[str]) -> str:
     if status > 128 and status - 128 in set(signal.Signals):
         return f"killed by {signal.Signals(status - 128).name}"
     known = [line for line in lines if any(reason in line for reason in REASONS)]
-    return (known or lines)[-1]
+    line = (known or lines)[-1]
+    return f"the runner does not start there: {line}" if status == UNFIT else line
 
 
 @contextmanager
@@ -151,9 +153,9 @@ def run(shell: Shell, package: Package, job: Job, progress: Progress) -> Trace:
         _sync(shell, "package", _package_files(package), progress)
         _send_job(shell, place, job, scratch)
         progress(f"running on {shell.name}")
-        start = f"{native.command(program, facts.arch)} ../package ../job"
-        pid = shlex.quote(f"echo $$ > ../job/pid; exec {start}")
-        shell.call("run", f"cd {shell.place}/runner && sh -c {pid}", LIMIT_S)
+        start = shlex.quote(f"echo $$ > ../job/pid; exec {native.command(program, facts.arch)} ../package ../job")
+        check = f"{native.check(program, facts.arch)} || exit {UNFIT}"
+        shell.call("run", f"cd {shell.place}/runner && {{ {check}; }} && sh -c {start}", LIMIT_S)
         _fetch(shell, scratch)
         try:
             trace = read_trace(scratch, job)

@@ -55,11 +55,14 @@ class Phone:
 
 def missing() -> str | None:
     """What this machine lacks to run a phone."""
-    for program in ("adb", "apt-get", "unshare"):
+    for program in ("adb", "apt-get", "unshare", "aarch64-linux-gnu-g++"):
         if shutil.which(program) is None:
             return program
-    if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"], capture_output=True).returncode:
-        return "user namespaces"
+    if not Path("/etc/apt/sources.list.d/debian.sources").is_file():
+        return "sources of Debian packages"
+    mount = ("mount", "-t", "binfmt_misc", "binfmt_misc", "/proc/sys/fs/binfmt_misc")
+    if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", *mount], capture_output=True).returncode:
+        return "user namespaces with a binfmt_misc of their own"
     return None
 
 
