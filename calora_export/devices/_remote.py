@@ -180,7 +180,7 @@ def _look(shell: Shell) -> Facts:
     return Facts(lines[tools - 2], lines[tools - 1], model, release, "1" in emulator)
 
 
-def place(usual: str) -> str:
+def placed(usual: str) -> str:
     """A transport's directory as the device's shell reads it; always one of our own, since it is removed."""
     chosen = os.environ.get(PLACE)
     return f"{shlex.quote(chosen)}/calora-export-device" if chosen else usual

@@ -46,7 +46,7 @@ def shell(address: str) -> _remote.Shell:
     return _remote.Shell(
         name=f"adb:{address}",
         client=(adb, "-s", address, "shell", "-T"),
-        place=_remote.place(PLACE),
+        place=_remote.placed(PLACE),
         hint=lambda reason: next((hint for text, hint in HINTS.items() if text in reason), ""),
     )
 

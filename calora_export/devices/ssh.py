@@ -41,7 +41,7 @@ def shell(address: str) -> _remote.Shell:
     return _remote.Shell(
         name=f"ssh:{address}",
         client=(*command, "-T", *options, *where),
-        place=_remote.place(PLACE),
+        place=_remote.placed(PLACE),
         hint=lambda reason: next((hint for text, hint in HINTS.items() if text in reason), ""),
     )
 
