@@ -306,7 +306,14 @@ def run_torch(directory: Path) -> Callable[[list[int]], np.ndarray]:
     return lambda ids: loaded(torch.tensor([ids]))[0].numpy()
 
 
-RUNNERS = {"onnx": run_onnx, "executorch": run_executorch, "torch": run_torch}
+def run_coreml(directory: Path) -> Callable[[list[int]], np.ndarray]:
+    from calora_export.coreml_engines import Reference
+
+    engine = Reference().open(directory / "router.mlpackage")
+    return lambda ids: engine.run({"ids": np.array([ids], np.int32)})["gates"].astype(np.float32)
+
+
+RUNNERS = {"onnx": run_onnx, "executorch": run_executorch, "coreml": run_coreml, "torch": run_torch}
 
 
 def decides_the_same(out: Path, target: str, directory: Path, texts: Sequence[str]) -> None:
@@ -318,7 +325,7 @@ def decides_the_same(out: Path, target: str, directory: Path, texts: Sequence[st
     for prompt in texts:
         expected, found = router(torch.tensor([text.ids(prompt)])).numpy(), gates_of(text.ids(prompt))
         assert np.array_equal(expected > 0, found > 0), prompt
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(found, expected, atol=1e-3 if target == "coreml" else 1e-5)
 
 
 @pytest.fixture(scope="module")
