@@ -167,7 +167,7 @@ def test_fp32_notices_one_number(package_fp32: Path, tiny: Path, tmp_path: Path)
 @pytest.mark.usefixtures("in_process")
 def test_a_router_with_shuffled_classes_decides_otherwise(copy: Path, tiny: Path) -> None:
     def shuffle(arrays: Arrays) -> None:
-        for name in ("classifier.layers.2.weight", "classifier.layers.2.bias"):
+        for name in ("scores.layers.2.weight", "scores.layers.2.bias"):
             arrays[name][:] = arrays[name][::-1].copy()
 
     edit_router(copy, shuffle)
@@ -191,7 +191,7 @@ def test_a_router_that_reads_another_text_is_red(copy: Path, tiny: Path, change:
 @pytest.mark.usefixtures("in_process")
 def test_slightly_wrong_gates_are_red_though_the_decisions_are_equal(copy: Path, tiny: Path) -> None:
     def tilt(arrays: Arrays) -> None:
-        arrays["classifier.layers.2.bias"][0] += 0.003
+        arrays["scores.layers.2.bias"][0] += 0.003
 
     edit_router(copy, tilt)
     report = validated(copy, tiny)

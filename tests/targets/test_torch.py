@@ -24,7 +24,7 @@ DEVICE_RUNTIMES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "executorch",
 def test_the_flow_needs_no_device_runtime(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Export, add an adapter and validate, all in this process, in which importing any of them fails."""
 
-    def here(device: str, package: Package, job: Job) -> Trace:
+    def here(device: str, package: Package, job: Job, progress: object) -> Trace:
         return host.answer(package, job)
 
     for name in [*sys.modules]:
