@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import Protocol
 
 from calora_export.errors import CaloraError, DeviceError, mismatch
@@ -57,11 +57,28 @@ def run_each(
 ) -> dict[str, Trace | CaloraError]:
     """Run a job on several devices at once. What goes wrong with one is its answer, and does not disturb the others."""
 
-    def attempt(device: str) -> Trace | CaloraError:
-        try:
-            return run(device, package, job, progress)
-        except CaloraError as error:
-            return error
+    answers: dict[str, Trace | Exception] = {}
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        return dict(zip(devices, pool.map(attempt, devices), strict=True))
+    def attempt(device: str) -> None:
+        try:
+            answers[device] = run(device, package, job, progress)
+        except Exception as error:
+            answers[device] = error
+
+    if len(devices) == 1:
+        attempt(devices[0])  # in this thread, which Ctrl-C reaches: it can clean up
+    else:
+        # Nobody waits for a daemon when Ctrl-C ends the program; the devices see that it is gone.
+        threads = [Thread(target=attempt, args=(device,), daemon=True) for device in devices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return {device: _expected(answers[device]) for device in devices}
+
+
+def _expected(answer: Trace | Exception) -> Trace | CaloraError:
+    """A bug is no answer."""
+    if isinstance(answer, Exception) and not isinstance(answer, CaloraError):
+        raise answer
+    return answer

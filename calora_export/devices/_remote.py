@@ -62,6 +62,7 @@ class Shell:
                 stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                start_new_session=True,  # Ctrl-C is for us: there is something to clean up
             )
             with _limited(process, limit) as overdue:
                 if feed is not None and process.stdin is not None:
@@ -256,7 +257,11 @@ def _kept(shell: Shell) -> Iterator[str]:
     script = KEEPER.format(place=shell.place, token=token, owner=owner, linger=LINGER_S)
     with tempfile.TemporaryFile() as err:
         keeper = subprocess.Popen(
-            [*shell.client, _closed(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err
+            [*shell.client, _closed(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=err,
+            start_new_session=True,
         )
         try:
             place = _wait_for_keeper(shell, keeper, err)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,17 @@ def test_the_runner_hangs(opened: Package, bed: Bed, monkeypatch: pytest.MonkeyP
 def test_the_runner_refuses(opened: Package, bed: Bed) -> None:
     job = Job(threads=1, cases=(Case("base", {"gamma": 1.0}, IDS, 16),))
     assert fault(bed, opened, "run", job) == "package.json: adapters: expected one of alpha, beta, found gamma"
+    assert not bed.place.exists()
+
+
+def test_ctrl_c(package: Path, bed: Bed, tmp_path: Path) -> None:
+    """As from a terminal, which interrupts the whole group of processes: what was begun over there is taken back."""
+    command = [sys.executable, "-m", "calora_export", "bench", str(package), "--device", bed.device]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for((bed.place / "lock").is_symlink)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, "error: interrupted; nothing was changed\n")
     assert not bed.place.exists()
 
 
