@@ -12,7 +12,7 @@ from msgspec import Struct
 from calora_export import bundle as bundles
 from calora_export import fitness, manifest, strict_json
 from calora_export import package as packages
-from calora_export.bundle import BaseConfig
+from calora_export.bundle import BaseConfig, CompressionStep
 from calora_export.errors import PackageError, mismatch
 
 
@@ -86,6 +86,12 @@ def inspect(path: Path) -> BundleView | PackageView:
     raise PackageError(mismatch(path, "content", f"a directory with {manifest.FILE} or {packages.FILE}", found))
 
 
+def _step(step: CompressionStep) -> str:
+    group = f"group {step.group_size}" if step.group_size else ""
+    zero = "zero points" if step.symmetric is False else ""
+    return " ".join(filter(None, [step.scheme, step.pattern, group, zero]))
+
+
 def _is_part(tensor: str, packed: Collection[str]) -> bool:
     """Whether a tensor is part of how a module's weight is packed."""
     owner, _, leaf = tensor.rpartition(".")
@@ -101,10 +107,7 @@ def _bundle(path: Path) -> BundleView:
     packed = {name for name, kept in formats.items() if kept.bits}
     other = sum(prod(bundle.base.info(name).shape) for name in bundle.base.names() if not _is_part(name, packed))
     linear = sum(prod(formats[name].shape) for name in packed)
-    steps = [
-        " ".join(filter(None, [step.scheme, step.pattern or "", f"group {step.group_size}" if step.group_size else ""]))
-        for step in bundle.manifest.base.compression
-    ]
+    steps = [_step(step) for step in bundle.manifest.base.compression]
     stored = Counter(kept.scheme for kept in formats.values())
     base = BaseView(
         config.model_type,

@@ -137,7 +137,7 @@ def _half(module: str, dense: np.ndarray) -> Representation:
 
 def _refuse(target: str, module: str, weight: PackedWeight, held: PackedWeight) -> NoReturn:
     kept = sqnr(weight.dequantize(), held.dequantize())
-    hint = f'use {holding.EXACT[target]}, or lossy = "allow": {form(held)} at {kept:.1f} dB'
+    hint = f'use {holding.EXACT[target]}, or lossy = "allow", which keeps {kept:.1f} dB as {form(held)}'
     raise UnsupportedError(mismatch(module, "weight", f"what a kernel of {target} reads", describe(weight), hint))
 
 

@@ -213,7 +213,7 @@ def test_what_no_kernel_reads_is_refused_unless_the_rule_allows_it() -> None:
         represent(refusing, "model.layers.0.mlp.up_proj", stored)
     line = str(caught.value)
     assert line.startswith("model.layers.0.mlp.up_proj: weight: expected what a kernel of executorch reads, found int8")
-    assert "use executorch-fp32, or lossy = \"allow\": int8/0 at" in line and "\n" not in line
+    assert "use executorch-fp32, or lossy = \"allow\", which keeps" in line and line.endswith("dB as int8/0)")
     made = represent(recipe.load("executorch-8da8w"), "model.layers.0.mlp.up_proj", stored)
     assert isinstance(made.weight, PackedWeight) and not made.exact
     assert (made.weight.bits, made.weight.group_size) == (8, 64)
