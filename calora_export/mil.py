@@ -167,9 +167,9 @@ class Function:
             expected, found = ", ".join(sorted(self.states)) or "none", ", ".join(sorted(state)) or "none"
             raise PackageError(mismatch(self.label, "states", expected, found))
         for name, spec in self.states.items():
-            value = state[name]
-            if tuple(value.shape) != spec.shape or value.dtype != working_type(spec.dtype):
-                raise PackageError(mismatch(self.label, f"state {name}", spec, _kind(value)))
+            found, expected = _kind(state[name]), f"{_name(working_type(spec.dtype))} {list(spec.shape)}"
+            if found != expected:
+                raise PackageError(mismatch(self.label, f"state {name}", expected, found))
         return state
 
     def _all_inputs(self, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -205,4 +205,8 @@ def _peak(value: torch.Tensor) -> float:
 
 
 def _kind(value: np.ndarray | torch.Tensor) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{_name(value.dtype)} {list(value.shape)}"
+
+
+def _name(dtype: np.dtype | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
