@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calora_export import devices, native, pipeline, validation
+from calora_export import devices, measuring, native, pipeline, validation
 from calora_export import package as packages
 from calora_export import report as reports
 from calora_export.adapters import Adapter
@@ -46,6 +46,7 @@ def opened(package: Path) -> Package:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_remote, "LINGER_S", 1)
+    monkeypatch.setattr(measuring, "threads", lambda: 1)  # under emulation, threads that wait for each other take ages
 
 
 def fault(bed: Bed, package: Package, step: str, job: Job = SMALL) -> str:
