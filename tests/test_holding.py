@@ -106,10 +106,12 @@ def test_what_a_kernel_reads_is_held_as_it_is() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("group", "held"), [(48, 16), (96, 32), (256, 128), (160, 32)])
 def test_onnx_cuts_groups_without_changing_a_number(bits: int, group: int, held: int) -> None:
-    weight = packed(bits, group, 2)
-    made = hold("onnx", "lm_head", weight)
-    assert made.group_size == held
-    assert np.array_equal(made.dequantize(), weight.dequantize())
+    plain = packed(bits, group, 2)
+    shifted = replace(plain, zero=np.arange(-5, 5, dtype=np.int8).reshape(ROWS, 2))
+    for weight in (plain, shifted):
+        made = hold("onnx", "lm_head", weight)
+        assert made.group_size == held
+        assert np.array_equal(made.dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
