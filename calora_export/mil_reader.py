@@ -146,8 +146,9 @@ class _Draft:
         kernel = OPERATORS[operation.type](given)
         for name in sorted(parameters.keys() - given.asked - set(kernel.inputs)):
             raise given.refusal("parameters", "those of the reference runtime", name)
-        for name in set(kernel.inputs) - parameters.keys():
-            raise PackageError(mismatch(place, name, "a value", "nothing"))
+        for name in kernel.inputs:
+            if not parameters.get(name):
+                raise PackageError(mismatch(place, name, "a value", "nothing"))
         if all(isinstance(value, Constant) for values in parameters.values() for value in values):
             self.known.update(zip(names, self._fold(given, kernel, parameters, place), strict=True))
             return

@@ -405,7 +405,7 @@ def test_an_unknown_operator_is_named_at_load(broken: Path) -> None:
         mil.load(broken)
 
 
-def test_a_parameter_of_another_name_is_told(broken: Path) -> None:
+def test_a_parameter_of_another_name_is_told(broken: Path, attention: Path) -> None:
     """It is neither ignored nor left out."""
 
     def change(operator: str, old: str, new: str | None) -> None:
@@ -423,6 +423,15 @@ def test_a_parameter_of_another_name_is_told(broken: Path) -> None:
     change("silu", "z", None)
     with pytest.raises(PackageError, match=r"silu \(\w+\): x: expected a value, found nothing$"):
         mil.load(broken)
+
+    def empty(spec: Any) -> None:
+        del next(op for op in operations(spec) if op.type == "concat").inputs["values"].arguments[:]
+
+    shutil.copy(mlpackage.model_file(attention), mlpackage.model_file(broken))
+    rewrite(broken, empty)
+    with pytest.raises(PackageError, match=r"concat \(\w+\): values: expected a value, found nothing$"):
+        mil.load(broken)
+    shutil.copy(mlpackage.model_file(attention), mlpackage.model_file(broken))
     change("concat", "axis", None)
     with pytest.raises(UnsupportedError, match=r"^coreml: concat \(\w+\): axis: expected a value, found nothing$"):
         mil.load(broken)
