@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from calora_export import cli, importers, targets
 from calora_export.version import VERSION
-from tests.bundles import copy_bundle, edit_json, tiny_base, tiny_bundle
-from tests.packages import copy_package
+from tests.bundles import copy_bundle, edit_json, tiny_base, tiny_bundle, write_json
+from tests.packages import copy_package, refresh
 
 LISTS = ("targets", "recipes", "devices", "adapters", "routers", "formats")
 
@@ -218,6 +218,28 @@ def test_several_prompts_are_one_chat(opened: Path) -> None:
 def test_the_router_picks_unless_told(opened: Path) -> None:
     (turn,) = run(opened, "--prompt", "one two")
     assert turn["routed"] and sum(turn["adapters"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_router_per_sentence_says_when_it_was_asked(opened: Path) -> None:
+    (turn,) = run(opened, "--prompt", "one two")
+    assert turn["sentences"][0] == {
+        "token": 0, "adapters": turn["adapters"], "prefilled_tokens": turn["prefilled_tokens"]
+    }  # fmt: skip
+    assert run(opened, "--prompt", "one two", "--adapter", "alpha")[0]["sentences"] == []
+
+
+def test_a_router_that_goes_by_the_task_is_told_its_name(opened: Path, tmp_path: Path) -> None:
+    copy = copy_package(opened, tmp_path / "package")
+    model = {"type": "WordLevel", "vocab": {"sum": 0, "sort": 1}, "unk_token": "sum"}
+    write_json(copy / "tokenizer/router/tokenizer.json", {"version": "1.0", "added_tokens": [], "model": model})
+    edit_json(copy / "package.json", lambda manifest: manifest["router"]["spec"].update(kind="task_id"))
+    edit_json(copy / "package.json", lambda manifest: manifest["router"]["spec"].pop("selection"))
+    refresh(copy)
+    (turn,) = run(copy, "--prompt", "one two", "--task", "sort")
+    assert turn["routed"] and turn["adapters"] and turn["sentences"] == []
+    assert error_line(call("run", copy, "--prompt", "x")).startswith("--task: name: expected the task")
+    line = error_line(call("run", copy, "--prompt", "x", "--task", "else"))
+    assert line == "router: task: expected one of sum, sort, found 'else'"
 
 
 def test_none_and_a_gate_of_zero_are_the_base_and_an_adapter_is_not(opened: Path) -> None:

@@ -104,7 +104,8 @@ def directory_ids(adapters: Sequence[Path]) -> list[str]:
     ids: list[str] = []
     for path in adapters:
         if not path.is_dir():
-            raise BundleError(mismatch(path, "adapter", "a directory", "a file" if path.exists() else "nothing"))
+            hint = "import ca-lora, mtl-lora, multilora and lots read state dicts" if path.exists() else ""
+            raise BundleError(mismatch(path, "adapter", "a directory", "a file" if path.exists() else "nothing", hint))
         if (path / "config.json").is_file() and not (path / adapter_format.CONFIG).is_file():
             hint = "merging can not be undone: save every LoRA before merge_and_unload"
             found = "a whole model, its LoRAs merged into it"

@@ -75,6 +75,8 @@ def _samples(file: Path) -> list[str]:
 
 
 def _write_router(draft: Draft, spec: RouterSpec, directory: Path, texts: Mapping[str, Sequence[str]]) -> None:
+    from safetensors.numpy import save_file
+
     source = _encoders.read(directory)
     file = directory / "1_Pooling" / "config.json"
     pooling = strict_json.read(file, _Pooling, str(file))
@@ -85,8 +87,6 @@ def _write_router(draft: Draft, spec: RouterSpec, directory: Path, texts: Mappin
     tensors["centroids"] = np.zeros((len(spec.classes), config.hidden_size), np.float32)
     _encoders.write(draft.path / "router", config, tensors, _encoders.tokenizer(directory))
     centroids = _centroids(draft.path / "router", spec, config, [texts[name] for name in spec.classes])
-    from safetensors.numpy import save_file
-
     save_file(tensors | {"centroids": centroids}, draft.path / "router" / "model.safetensors")
     draft.router = spec
 

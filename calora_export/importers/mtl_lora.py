@@ -9,6 +9,7 @@ lora_A [1, r, in], lora_lambdas [tasks, r, r] or [tasks, r], lora_B [n, out, r] 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -58,11 +59,15 @@ def run(
     return Imported(out, names)
 
 
+@dataclass(frozen=True)
 class _Layer:
-    """One layer's tensors; `lambdas` [tasks, r, r]."""
+    """a [r, in], lambdas [tasks, r, r], b [n, out, r], weights [tasks, n]; factor is the sigmoid of lora_scaler."""
 
-    def __init__(self, a: np.ndarray, lambdas: np.ndarray, b: np.ndarray, weights: np.ndarray, factor: float) -> None:
-        self.a, self.lambdas, self.b, self.weights, self.factor = a, lambdas, b, weights, factor
+    a: np.ndarray
+    lambdas: np.ndarray
+    b: np.ndarray
+    weights: np.ndarray
+    factor: float
 
     def task(self, index: int, alpha: float, temperature: float) -> Pair:
         scores = self.weights[index] / temperature
