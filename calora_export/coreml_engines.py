@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from calora_export import mlpackage
+
 if TYPE_CHECKING:
     from calora_export import mil
 
@@ -76,7 +78,7 @@ class _Predicted:
         import coremltools as ct
 
         self._model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units], function_name=function)
-        self._state = self._model.make_state() if self._model.get_spec().description.state else None
+        self._state = self._model.make_state() if mlpackage.states(path, function) else None
 
     def run(self, inputs: Arrays) -> Arrays:
         return self._model.predict(dict(inputs), state=self._state)

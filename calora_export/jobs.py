@@ -67,7 +67,8 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
 
 class SafetyTrace(Struct, frozen=True, forbid_unknown_fields=True):
     """aba: the first mix gave the same bits before and after the second. fresh: a selected mix never saw the other's
-    cache. stale: reading it on purpose changed the answer, so that `fresh` could have failed. refused: the forgery."""
+    cache. stale: reading it on purpose changed the answer, so that `fresh` could have failed, or can not be done.
+    refused: the forgery."""
 
     aba: bool
     fresh: bool

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 
@@ -63,6 +64,15 @@ def read_spec(package: Path) -> object:
     if not spec.HasField("mlProgram"):
         raise PackageError(mismatch(f"{package.name}/{file.name}", "type", "mlProgram", spec.WhichOneof("Type")))
     return spec
+
+
+def states(package: Path, function: str | None) -> tuple[str, ...]:
+    """The states of a function, None for the one that runs by default."""
+    about: Any = read_spec(package)
+    about = about.description
+    wanted = function or about.defaultFunctionName
+    described = next((found for found in about.functions if found.name == wanted), about)
+    return tuple(state.name for state in described.state)
 
 
 def function_names(adapters: Iterable[str]) -> dict[str, str]:

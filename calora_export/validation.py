@@ -259,10 +259,11 @@ def _report(
 
 def _layers(peaks: Mapping[str, float] | None) -> dict[str, float]:
     """The largest |value| of each layer, in the order in which they run: an operator with no layer in its name
-    belongs to the layer before it."""
+    belongs to the layer before it. What hides positions is as low as float16 goes, and no activation."""
     found: dict[str, float] = {}
     layer = "embedding"
-    for operator, peak in (peaks or {}).items():
+    seen = {name: peak for name, peak in (peaks or {}).items() if not name.startswith("mask")}
+    for operator, peak in seen.items():
         named = re.search(r"(?:^|_)layers_(\d+)_", operator)
         layer = f"layer {named[1]}" if named else "head" if operator.startswith(("lm_head", "logits")) else layer
         found[layer] = float(np.fmax(found.get(layer, 0.0), peak)) if np.isfinite(peak) else math.inf

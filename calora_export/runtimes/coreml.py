@@ -27,7 +27,7 @@ def prepare(package: Package) -> None:
     """DeviceError where there is no Core ML."""
     if sys.platform != "darwin":
         hint = "use --device reference, which runs the same file on any machine"
-        raise DeviceError(mismatch("--device", "host", "macOS for Core ML", sys.platform, hint))
+        raise DeviceError(mismatch("coreml", "system", "macOS", sys.platform, hint))
 
 
 def suffix() -> str:
@@ -115,8 +115,10 @@ class CoremlSession:
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         if self._manifest.settings.adapter_inputs == "functions":
-            self._model = self._function(mix)
-            self._rows = None
+            if keep_cache:
+                expected = "a cache of its own for each function"
+                raise PackageError(mismatch("package.json", "settings.adapter_inputs", expected, "one to be kept"))
+            self._model, self._rows = self._function(mix), None
         else:
             parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
             self._package.require_rank(sum(rows.rank for rows, _ in parts))

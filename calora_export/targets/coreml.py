@@ -301,14 +301,13 @@ class _Lowering:
             new, old = mb.range_1d(start=start, end=end, step=1), mb.range_1d(start=0, end=last, step=1)
             distance = mb.sub(x=mb.expand_dims(x=new, axes=[1]), y=mb.expand_dims(x=old, axes=[0]))
             far = mb.greater_equal(x=distance, y=window)
-            return mb.select(cond=far, a=LOWEST, b=self.inputs["causalMask"])
+            return mb.select(cond=far, a=LOWEST, b=self.inputs["causalMask"], name=f"mask_{window}")
 
         mask = self._once(("mask", window), seen) if window > 0 else self.inputs["causalMask"]
-        return (
-            self._once(("mask", window, copies), lambda: mb.tile(x=mask, reps=[1, 1, copies, 1]))
-            if copies > 1
-            else mask
-        )
+        if copies == 1:
+            return mask
+        name = f"mask_{window}_{copies}"
+        return self._once(name, lambda: mb.tile(x=mask, reps=[1, 1, copies, 1], name=name))
 
     # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -442,7 +441,7 @@ def _attend(q: Var, k: Var, v: Var, mask: Var, scale: float, softcap: float) -> 
         scaled = q if math.isclose(factor, 1.0) else mb.mul(x=q, y=HALF(factor))
         return mb.scaled_dot_product_attention(query=scaled, key=k, value=v, attn_mask=mask)
     scores = mb.matmul(x=mb.mul(x=q, y=HALF(scale / softcap)), y=k, transpose_y=True)
-    scores = mb.add(x=mb.mul(x=mb.tanh(x=scores), y=HALF(softcap)), y=mask)
+    scores = mb.add(x=mb.mul(x=mb.tanh(x=scores), y=HALF(softcap)), y=mask, name="masked_scores")
     return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=v)
 
 
