@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .process import BenchError, apart
 from .results import (
     BUILDER,
     BUILDER_ADAPTER,
+    COREML,
     LLAMA,
     LLAMA_ADAPTER,
     LLAMA_Q4,
@@ -33,6 +35,7 @@ from .results import (
     OURS,
     OURS_ADAPTER,
     OURS_MIX,
+    PLAIN,
     UPSTREAM,
     Memory,
     Results,
@@ -42,7 +45,8 @@ from .shapes import ADAPTERS, SHAPES, Shape
 from .table import markdown, page
 from .worker import System, Worker
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS, DEMO = ROOT / "docs", ROOT / "calora_export" / "demo" / "bundle"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def main() -> None:
         model_bytes=_sizes(models, options.work),
         few_layers=exports.few_layers,
         memory=_memory(native) if native else None,
+        reference=_reference(options),
     )
     table = markdown(results)
     (options.out / "results.json").write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
@@ -103,6 +108,20 @@ def _native(options: Options) -> Runner | None:
 
 def _memory(native: Runner) -> Memory:
     return Memory(native.peak_at_load(), ours.model_bytes(native.package), ours.kv_bytes(native.package))
+
+
+def _reference(options: Options) -> dict[str, float]:
+    """Of our Core ML package, and of the demo bundle's."""
+    shape, logs = package(options.work, COREML), options.work / "logs"
+    if not shape.exists():
+        return {}
+    demo = options.work / "packages" / "demo"
+    shutil.rmtree(demo, ignore_errors=True)
+    ours.export(DEMO, "coreml-int4", demo, logs / "demo.log")
+    return {
+        name: ours.decode_tok_s(path, "reference", logs / f"reference-{name}.log")
+        for name, path in (("shape", shape), ("demo", demo))
+    }
 
 
 def _models(inputs: Inputs, work: Path) -> dict[str, System]:
@@ -131,8 +150,7 @@ def _models(inputs: Inputs, work: Path) -> dict[str, System]:
 def _sizes(models: dict[str, System], work: Path) -> dict[str, int]:
     """Bytes of the models of rows without a swappable adapter."""
     paths = {row: system.model for row, system in models.items() if system.adapter is None}
-    if package(work, NATIVE).exists():
-        paths[NATIVE] = package(work, NATIVE)
+    paths |= {row: package(work, row) for row in (NATIVE, COREML, PLAIN) if package(work, row).exists()}
     return {row: ours.model_bytes(path) for row, path in paths.items()}
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import ours, peers, upstream
+from . import ours, peers, plain_coreml, upstream
 from .inputs import Inputs
 from .process import Run
-from .results import BUILDER, BUILDER_ADAPTER, NATIVE, OURS, UPSTREAM, UPSTREAM_FEW
+from .results import BUILDER, BUILDER_ADAPTER, COREML, NATIVE, OURS, PLAIN, UPSTREAM, UPSTREAM_FEW
 from .shapes import ADAPTERS, LATE_ADAPTER, Shape
 
 Exporter = Callable[[Path, Path], Run]  # the package to write, a log
@@ -69,9 +69,16 @@ def _exporters(inputs: Inputs) -> Iterator[tuple[str, Exporter]]:
     yield OURS, partial(ours.export, inputs.bundle, "onnx-int4")
     if peers.has("executorch"):
         yield NATIVE, partial(ours.export, inputs.bundle, "executorch-8da4w")
+    if plain_coreml.installed():
+        yield COREML, partial(ours.export, inputs.bundle, "coreml-int4")
+        yield PLAIN, partial(_plain, inputs.model)
     if peers.has("onnxruntime_genai"):
         yield BUILDER, partial(peers.build, inputs.model, None)
         yield BUILDER_ADAPTER, partial(peers.build, inputs.model, inputs.adapter(ADAPTERS[0]))
+
+
+def _plain(model: Path, directory: Path, log: Path) -> Run:
+    return plain_coreml.convert(model, directory / "model.mlpackage", log)
 
 
 def _add_adapter(inputs: Inputs, path: Path, log: Path, exports: Exports) -> None:

@@ -34,6 +34,12 @@ def swap_ms(package: Path, device: str, log: Path) -> float:
     return json.loads(log.read_text(encoding="utf-8"))["latency"]["swap_ms"]["p50"]
 
 
+def decode_tok_s(package: Path, device: str, log: Path) -> float:
+    """Tokens per second of decoding the base, from `calora-export bench` on a device."""
+    run([*CLI, "bench", package, "--device", device, "--json"], log)
+    return json.loads(log.read_text(encoding="utf-8"))["latency"]["decode_tok_s"]
+
+
 def adapter_file(package: Path, identifier: str) -> Path:
     """The adapter's file in a package."""
     return next((package / "adapters").glob(f"{identifier}.*"))
@@ -42,7 +48,8 @@ def adapter_file(package: Path, identifier: str) -> Path:
 def model_bytes(path: Path) -> int:
     """The size of a model: of its file, or of the files model.* of a package or of the builder."""
     files = path.glob("model.*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    every = (part for file in files for part in (file.rglob("*") if file.is_dir() else [file]))
+    return sum(part.stat().st_size for part in every if part.is_file())
 
 
 def kv_bytes(package: Path) -> int:

@@ -12,6 +12,7 @@ OURS, OURS_ADAPTER, OURS_MIX = "ours", "ours + adapter", "ours + mix of two"
 BUILDER, BUILDER_ADAPTER = "builder", "builder + adapter"
 NATIVE, NATIVE_ADAPTER, NATIVE_MIX = (f"ours (ExecuTorch){use}" for use in ("", " + adapter", " + mix of two"))
 UPSTREAM, UPSTREAM_FEW = "transformers (ExecuTorch)", "transformers (ExecuTorch), extrapolated"
+COREML, PLAIN = "ours (Core ML)", "coremltools alone (Core ML)"
 LLAMA, LLAMA_ADAPTER = "llama.cpp", "llama.cpp + adapter"
 LLAMA_Q4, LLAMA_Q4_ADAPTER = "llama.cpp (Q4_0 embedding)", "llama.cpp (Q4_0 embedding) + adapter"
 
@@ -29,6 +30,7 @@ SYSTEMS = (
     *(BUILDER, BUILDER_ADAPTER),
     *(NATIVE, NATIVE_ADAPTER, NATIVE_MIX),
     *(UPSTREAM, UPSTREAM_FEW),
+    *(COREML, PLAIN),
     *(LLAMA, LLAMA_ADAPTER, LLAMA_Q4, LLAMA_Q4_ADAPTER),
 )
 
@@ -54,7 +56,8 @@ class Results:
     `exports` has one Run per round, `swap_ms` the p50 of a switch. `add_adapter` are runs of that command,
     `changed_files` what it changed besides package.json. `fp32_bytes`: the size of the uncompressed weights.
     `model_bytes`: the size of a model's files without adapters. `few_layers`: what transformers' exporter needed for
-    so many layers, from which its export is extrapolated. `memory`: of our ExecuTorch package.
+    so many layers, from which its export is extrapolated. `memory`: of our ExecuTorch package. `reference`: tokens per
+    second of decoding in the Core ML reference runtime, of the shape and of the demo bundle.
     """
 
     environment: Mapping[str, str]
@@ -67,6 +70,7 @@ class Results:
     model_bytes: Mapping[str, int] = field(default_factory=dict)
     few_layers: Mapping[int, Run] = field(default_factory=dict)
     memory: Memory | None = None
+    reference: Mapping[str, float] = field(default_factory=dict)
 
     def tax(self, system: str) -> Spread | None:
         """Time of a token with the adapter over time of a token without."""
@@ -116,7 +120,11 @@ class Goal:
 
 def goals(results: Results) -> dict[str, list[Goal]]:
     """The goals of the project over one run's own figures, by target."""
-    return {"ONNX Runtime": onnx_goals(results), "ExecuTorch": executorch_goals(results)}
+    return {
+        "ONNX Runtime": onnx_goals(results),
+        "ExecuTorch": executorch_goals(results),
+        "Core ML": coreml_goals(results),
+    }
 
 
 def onnx_goals(results: Results) -> list[Goal]:
@@ -161,4 +169,18 @@ def executorch_goals(results: Results) -> list[Goal]:
         Goal("prefill, adapter, of llama.cpp's", 1.0, True, results.prefill(NATIVE_ADAPTER, LLAMA_Q4_ADAPTER)),
         Goal("swap, p50", 2.0, False, None if swap is None else spread([swap]), " ms"),
         Goal("peak RSS at load, of 1.3 × the model's files + the KV cache", 1.0, False, memory),
+    ]
+
+
+def coreml_goals(results: Results) -> list[Goal]:
+    """Against coremltools' own conversion of the same model. Its speed on a device can not be measured here."""
+    ours = results.exports.get(COREML)
+    memory = spread([2 * run.peak_rss / results.fp32_bytes for run in ours]) if ours else None
+    rates = [[results.reference[name]] if name in results.reference else [] for name in ("shape", "demo")]
+    shape, demo = (spread(rate) if rate else None for rate in rates)
+    return [
+        Goal("export time, of coremltools' without slots", 1.5, False, results.export_time(COREML, PLAIN)),
+        Goal("peak RSS of export, of the fp16 weights", 3.0, False, memory),
+        Goal("reference runtime, decode", 0.5, True, shape, " tok/s"),
+        Goal("reference runtime, decode, demo bundle", 20.0, True, demo, " tok/s"),
     ]

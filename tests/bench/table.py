@@ -24,6 +24,10 @@ side. This page is what it printed.
   embedding) and lowered as optimum-executorch does it, in the Python runtime. It has no adapters. Its cost
   grows with each layer, so 2 and 4 layers are lowered and 30 are extrapolated from these in a straight
   line; `python -m tests.bench --upstream-full` lowers and runs all of them.
+- **ours (Core ML)** is one package of the recipe `coreml-int4`; **coremltools alone (Core ML)** converts the same
+  model with that library only, without slots, adapters, router or KV cache, and compresses it to int4 in blocks of 32.
+  Core ML runs on Apple's systems alone, so of speed there is only that of the reference runtime, which executes the
+  saved file operator by operator.
 - **llama.cpp** has Q4_0 linears and fp16 adapters that can be swapped. Its quantiser holds an embedding
   of this width as Q8_0; the rows with a Q4_0 embedding read as few bytes as ours. ExecuTorch's goals compare
   with these, ONNX Runtime's with the others.
