@@ -31,10 +31,11 @@ class Weights:
         return made.weight
 
     def check(self) -> None:
-        """Refuse what the recipe cannot hold before anything slow: one weight of each form that the base has."""
+        """Refuse what the recipe cannot hold before anything slow: one packed weight of each form that the base has."""
         first: dict[tuple[object, ...], str] = {}
         for module, stored in self.bundle.weights.formats.items():
-            rule = self.recipe.rule(module)
-            first.setdefault((stored.scheme, stored.group_size, stored.symmetric, rule), module)
+            if stored.bits is not None:
+                key = stored.scheme, stored.group_size, stored.symmetric, self.recipe.rule(module)
+                first.setdefault(key, module)
         for module in first.values():
             recipes.represent(self.recipe, module, self.bundle.weight(module))
