@@ -89,6 +89,8 @@ _REFUSED = {
 _OTHER_KEYS = {
     ".base_layer.": "a copy of the base's weight: save_pretrained it again with save_embedding_layers=False",
     ".lora_embedding_": "LoRA on an embedding: train it on linear layers only",
+    ".coefficients": "NOLA: import nola makes A and B of it",
+    ".seed": "NOLA: import nola makes A and B of it",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from calora_export import importers
@@ -104,6 +105,14 @@ def test_nola_of_a_gpu(base: Path, tmp_path: Path) -> None:
     methods.nola(SITES, tmp_path / "a", torch.float32)
     line = refused(tmp_path / "out", "nola", base, tmp_path / "a", "--trained-on", "cuda")
     assert "expected cpu" in line and "import peft" in line
+
+
+def test_nola_as_plain_peft(base: Path, tmp_path: Path) -> None:
+    methods.nola(SITES, tmp_path / "a", torch.float32)
+    state = torch.load(tmp_path / "a/adapter_model.bin", weights_only=True)
+    save_file(state, tmp_path / "a/adapter_model.safetensors")
+    line = refused(tmp_path / "out", "peft", base, tmp_path / "a")
+    assert "found another key (NOLA: import nola makes A and B of it)" in line
 
 
 def test_sharelora_that_shares_nothing(base: Path, tmp_path: Path) -> None:
