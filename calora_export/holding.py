@@ -19,14 +19,16 @@ def hold(target: str, module: str, weight: PackedWeight) -> PackedWeight:
     nearest ones. UnsupportedError when there is no such kernel at all.
     """
     kernels = {"onnx": _onnx, "executorch": _xnnpack, "coreml": _coreml, "torch": _any}
-    return kernels[target](module, _in_order(weight))
+    return kernels[target](module, _simplest(weight))
 
 
-def _in_order(weight: PackedWeight) -> PackedWeight:
-    """One scale a row needs no order of columns."""
-    if weight.order is None or weight.scale.shape[1] > 1:
-        return weight
-    return replace(weight, q=weight.q[:, np.argsort(weight.order)], order=None)
+def _simplest(weight: PackedWeight) -> PackedWeight:
+    """The same numbers without what says nothing: zero points of 0, an order of columns that share one scale."""
+    if weight.zero is not None and not weight.zero.any():
+        weight = replace(weight, zero=None)
+    if weight.order is not None and weight.scale.shape[1] == 1:
+        weight = replace(weight, q=weight.q[:, np.argsort(weight.order)], order=None)
+    return weight
 
 
 def _any(_module: str, weight: PackedWeight) -> PackedWeight:

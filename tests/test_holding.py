@@ -64,6 +64,13 @@ def test_an_order_of_columns_means_nothing_to_a_row() -> None:
         assert np.array_equal(held.dequantize()[:, order], weight.dequantize())
 
 
+def test_zero_points_of_0_mean_nothing() -> None:
+    weight = packed(4, 32, 3)
+    for target in ("onnx", "executorch", "coreml", "torch"):
+        held = hold(target, "lm_head", replace(weight, zero=np.zeros_like(weight.scale, np.int8)))
+        assert held.zero is None and held.q is weight.q and held.scale is weight.scale
+
+
 def test_a_codebook_that_is_not_nf4_is_refused() -> None:
     weight = replace(packed(4, 64, 1), codebook=np.linspace(-1, 1, 16, dtype=np.float32))
     with pytest.raises(UnsupportedError, match="codebook: expected that of NF4, found another one"):
