@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from calora_export import strict_json
 from calora_export.errors import DeviceError, mismatch
+from calora_export.recipe import Activations
 
 JOB, TRACE, LOGITS = "job.json", "trace.json", "logits.bin"
 
@@ -89,7 +90,8 @@ class TimingTrace(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     """trace.json. peak_rss is in bytes, of the process that ran the job. peaks: operator → its largest |value|, in the
-    order in which they run, from a runtime that sees them. emulated: the times mean nothing."""
+    order in which they run, from a runtime that sees them. emulated: the times mean nothing. rounding: how kernels of
+    this processor round what packed weights read, where that is not the recipe's `activations`."""
 
     device: str
     arch: str
@@ -103,6 +105,7 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     peak_rss: int
     peaks: dict[str, float] | None = None
     emulated: bool = False
+    rounding: Activations | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -69,7 +69,7 @@ def validate(
     return {
         device: trace
         if isinstance(trace, CaloraError)
-        else _report(package, bundle, reference, job, trace, device, altered)
+        else _report(package, bundle, _as_on(trace.answer, reference, package, bundle), job, trace, device, altered)
         for device, trace in traces.items()
     }
 
@@ -89,6 +89,15 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
     spec = bundle.manifest.router
     text = RouterText(spec, bundle.path / "router" / "tokenizer.json") if spec else None
     return Reference(source, target, adapters, router, text)
+
+
+def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundle) -> Reference:
+    """The reference with the rounding of this device's kernels, where that is another than the recipe's."""
+    settings, rounding = package.manifest.settings, answer.rounding
+    if rounding in (None, settings.activations) or settings.activations == "float":
+        return reference
+    weights, context = Weights(bundle, settings), package.manifest.model.context
+    return replace(reference, target=model.compose(bundle, weights, context=context, activations=rounding))
 
 
 # ── what the device is asked ──────────────────────────────────────────────────────────────────────────────────────────

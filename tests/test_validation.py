@@ -5,10 +5,13 @@ Tampered packages list their own hashes, so that only the numbers can tell.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +21,9 @@ from calora_export import cli, devices, measuring, pipeline, runtimes, validatio
 from calora_export import package as packages
 from calora_export.devices import host
 from calora_export.errors import CaloraError, DeviceError, FingerprintError
+from calora_export.jobs import Job, Trace
+from calora_export.package import Package
+from calora_export.recipe import Activations
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
 from tests.bundles import edit_json, tiny_bundle
@@ -362,3 +368,26 @@ def negate(array: np.ndarray) -> None:
 
 def roll(array: np.ndarray) -> None:
     array[:] = np.roll(array, 1, axis=0)
+
+
+def rounded(rounding: Activations | None, package: Package, job: Job) -> Trace:
+    """A trace of this machine that says what its kernels do."""
+    trace = host.answer(package, job)
+    return dataclasses.replace(trace, answer=msgspec.structs.replace(trace.answer, rounding=rounding))
+
+
+def test_the_reference_rounds_as_the_device_does(package: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose kernels do not round, as on a 64-bit ARM without dot products, is compared with what does not."""
+    opened, bundle = packages.load(package), bundles.load(tiny)
+    assert opened.manifest.settings.activations == "int8_block"
+    found = {}
+    kinds: tuple[Activations | None, ...] = (None, "int8_block", "float", "int8_token")
+    for rounding in kinds:
+        trace = functools.partial(rounded, rounding)
+        monkeypatch.setattr(devices, "run", lambda device, package, job, progress, trace=trace: trace(package, job))
+        made = validation.validate(opened, bundle, ("host",), pipeline.silent)["host"]
+        assert not isinstance(made, CaloraError)
+        found[rounding] = [row.sqnr_db for row in made[0].parity if row.against == "target"]
+    assert found[None] == found["int8_block"]
+    assert min(found[None]) > max(*found["float"], *found["int8_token"]), "this processor rounds per block"
+    assert found["float"] != found["int8_token"]

@@ -90,6 +90,7 @@ void answer(const std::filesystem::path& package, const std::filesystem::path& d
   if (job.safety) safety = check_safety(session, *job.safety);
   if (job.timing) timing = measure(session, *job.timing, load, job.routes);
 
+  const std::string rounding = session.rounding();
   utsname system{};
   uname(&system);
   const Json trace = {
@@ -104,6 +105,7 @@ void answer(const std::filesystem::path& package, const std::filesystem::path& d
       {"timing", timing},
       {"peak_rss", peak_rss()},
       {"emulated", emulated()},
+      {"rounding", rounding.empty() ? Json() : Json(rounding)},
   };
   std::ofstream file(directory / "trace.json", std::ios::binary);
   if (!(file << trace.dump() << '\n').flush()) throw Error("trace.json: cannot be written");

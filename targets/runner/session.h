@@ -42,6 +42,9 @@ class Session {
   /// Gates [classes] for a prompt's router ids.
   std::vector<double> route(const Tokens& ids);
 
+  /// How kernels of this processor round what packed weights read, where they do not all do the same: else empty.
+  virtual std::string rounding() const { return ""; }
+
   /// Refuse an adapter file that must not run on this base.
   virtual void admit(const std::filesystem::path& path) const = 0;
 
