@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 
-import torch  # noqa: TID253
-from torch import Tensor, nn  # noqa: TID253
-from torch.nn import functional as F  # noqa: TID253
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from calora_export.router_config import EncoderConfig
 
