@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from calora_export import mlpackage
@@ -17,7 +16,7 @@ from calora_export.coreml_engines import Engine, Engines, Predictions, Reference
 from calora_export.errors import DeviceError, PackageError, mismatch
 from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix
-from calora_export.runtimes._shelf import Shelf
+from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 HALF = np.dtype(np.float16)
 HIDDEN = HALF.type(np.finfo(HALF).min)
@@ -73,23 +72,13 @@ def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
 
 def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
     """The rows of an adapter file, and the fingerprint of its base."""
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
-    if slots.fingerprint not in metadata:
-        raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
+    tensors, fingerprint = read_safetensors(path, slots, "np")
     rank = tensors["recovery"].size if "recovery" in tensors else 0
     features = sum(slot.inputs + slot.outputs for slot in slots.tensors)
     expected = {"rows": f"float16 {[features, rank]}", "recovery": f"float16 {[rank]}"}
     found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            wanted = expected.get(name, "no such tensor")
-            raise PackageError(mismatch(path.name, name, wanted, found.get(name, "nothing")))
-    return Rows(tensors["rows"], np.ones(rank, HALF), tensors["recovery"]), metadata[slots.fingerprint]
+    require_layout(path.name, expected, found)
+    return Rows(tensors["rows"], np.ones(rank, HALF), tensors["recovery"]), fingerprint
 
 
 def open_session(package: Package, threads: int) -> CoremlSession:

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, mismatch
 from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix
-from calora_export.runtimes._shelf import Shelf
+from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 STORED = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
@@ -115,23 +114,13 @@ def _parts(rows: Rows, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 
 def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
     """The rows of an adapter file, mapped, and the fingerprint of its base."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
-    if slots.fingerprint not in metadata:
-        raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
+    tensors, fingerprint = read_safetensors(path, slots, "pt")
     rank = len(tensors["recovery"]) if "recovery" in tensors and tensors["recovery"].dim() else 0
     size = sum(a * b for a, b in _shapes(slots, rank))
     expected = {"rows": f"{DTYPES[slots.dtype]} {[size]}", "recovery": f"{torch.float32} {[rank]}"}
     found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            wanted = expected.get(name, "no such tensor")
-            raise PackageError(mismatch(path.name, name, wanted, found.get(name, "nothing")))
-    return Rows(tensors["rows"], torch.ones(rank), tensors["recovery"]), metadata[slots.fingerprint]
+    require_layout(path.name, expected, found)
+    return Rows(tensors["rows"], torch.ones(rank), tensors["recovery"]), fingerprint
 
 
 def open_session(package: Package, threads: int) -> ExecutorchSession:

@@ -13,7 +13,7 @@ from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 from calora_export.package import ModelInfo, Package, Slots
 from calora_export.runtimes import Mix
-from calora_export.runtimes._shelf import Shelf
+from calora_export.runtimes._shelf import Shelf, require_layout
 
 VERSION = 1
 QUIET = 3
@@ -110,9 +110,7 @@ def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots)
     expected |= {tensor.up: f"{kind} {[rank, tensor.outputs]}" for tensor in slots.tensors}
     expected |= {slots.recovery: f"{KINDS['fp32']} {[rank]}"} if slots.recovery else {}
     found = {name: f"{value.data_type()} {shapes[name]}" for name, value in values.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise PackageError(mismatch(file, name, expected.get(name, "no such slot"), found.get(name, "nothing")))
+    require_layout(file, expected, found)
 
 
 def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) -> dict[str, np.ndarray]:

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
 from calora_export import program
 from calora_export.adapters import Adapter
-from calora_export.errors import PackageError, UnsupportedError, mismatch
+from calora_export.errors import UnsupportedError, mismatch
 from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix
-from calora_export.runtimes._shelf import Shelf
+from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
@@ -52,31 +51,17 @@ def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_adapter(path: Path, slots: Slots) -> tuple[dict[str, Tensor], str]:
-    """The tensors of an adapter file, mapped, and the fingerprint of its base."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise PackageError(f"{path.name}: not an adapter file: {str(error).splitlines()[0]}") from error
-    if slots.fingerprint not in metadata:
-        raise PackageError(mismatch(path.name, slots.fingerprint, "sha256:<hex>", "nothing"))
-    _require_layout(path.name, tensors, slots)
-    return tensors, metadata[slots.fingerprint]
-
-
-def _require_layout(file: str, tensors: Mapping[str, Tensor], slots: Slots) -> None:
-    """Refuse tensors that are not those of the slots, in their type and for one rank."""
+def read_adapter(path: Path, slots: Slots) -> tuple[Mapping[str, Tensor], str]:
+    """The tensors of an adapter file, mapped, in the type and for one rank of the slots; its base's fingerprint."""
+    tensors, fingerprint = read_safetensors(path, slots, "pt")
     rank = next((len(tensors[slot.up]) for slot in slots.tensors if slot.up in tensors and tensors[slot.up].dim()), 0)
     dtype = DTYPES[slots.dtype].name
     expected = {slot.down: f"{dtype} {[rank, slot.inputs]}" for slot in slots.tensors}
     expected |= {slot.up: f"{dtype} {[rank, slot.outputs]}" for slot in slots.tensors}
     expected |= {slots.recovery: f"bool {[rank]}"} if slots.recovery else {}
     found = {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise PackageError(mismatch(file, name, expected.get(name, "no such slot"), found.get(name, "nothing")))
+    require_layout(path.name, expected, found)
+    return tensors, fingerprint
 
 
 @dataclass(frozen=True)

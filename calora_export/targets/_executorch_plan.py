@@ -77,11 +77,7 @@ class _Walk:
         if node.target in _nodes.SAME:
             self.values[node, 0] = self.value(node.args[0])
             return
-        handler = _HANDLERS.get(node.target)
-        if handler is None:
-            found = f"{node.target} in the model's graph"
-            raise UnsupportedError(mismatch("executorch", "operator", "one that this target lowers", found))
-        handler(self, node)
+        _nodes.handler("executorch", _HANDLERS, node)(self, node)
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.fx import Node
 
+from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
 from calora_export.package import SlotTensor
 
+Handler = TypeVar("Handler")
 ATEN, CALORA = torch.ops.aten, torch.ops.calora
 VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
 SAME = (ATEN.to.dtype, ATEN.contiguous.default, ATEN.dropout.default)
@@ -112,6 +115,14 @@ def live(outputs: Sequence[Node], operands: Callable[[Node], Sequence[Node]]) ->
             found.add(needed)
             pending.extend(operands(needed))
     return found
+
+
+def handler(target: str, handlers: Mapping[object, Handler], found: Node) -> Handler:
+    """What lowers a node; UnsupportedError for an operator that the target does not lower."""
+    if found.target not in handlers:
+        wanted = "one that this target lowers"
+        raise UnsupportedError(mismatch(target, "operator", wanted, f"{found.target} in the model's graph"))
+    return handlers[found.target]
 
 
 def node(arg: object) -> Node:

@@ -132,11 +132,7 @@ class _Lowering:
         return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
 
     def _lower(self, node: Node) -> None:
-        handler = _HANDLERS.get(node.target)
-        if handler is None:
-            found = f"{node.target} in the model's graph"
-            raise UnsupportedError(mismatch("coreml", "operator", "one that this target lowers", found))
-        handler(self, node)
+        _nodes.handler("coreml", _HANDLERS, node)(self, node)
 
     def value(self, arg: object) -> Var:
         """What a node computed, or a tensor of the model."""

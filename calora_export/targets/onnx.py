@@ -134,11 +134,7 @@ class _Lowering:
         return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
 
     def _lower(self, node: Node) -> None:
-        handler = _HANDLERS.get(node.target)
-        if handler is None:
-            found = f"{node.target} in the model's graph"
-            raise UnsupportedError(mismatch("onnx", "operator", "one that this target lowers", found))
-        handler(self, node)
+        _nodes.handler("onnx", _HANDLERS, node)(self, node)
 
     def value(self, arg: object) -> ir.Value:
         """The ONNX value of an FX node: a result, an input, or a float tensor that the model holds."""

@@ -162,7 +162,7 @@ def reshape(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[
         (edited(lambda arrays: arrays.pop("base_fingerprint")), "base_fingerprint: expected uint8"),
         (edited(lambda arrays: arrays.pop("recovery")), "recovery: expected"),
         (edited(lambda arrays: arrays.pop(f"{Q}.up")), f"{Q}.up: expected"),
-        (edited(lambda arrays: arrays.update(extra=np.zeros(1, np.float32))), "extra: expected no such slot"),
+        (edited(lambda arrays: arrays.update(extra=np.zeros(1, np.float32))), "extra: expected no such tensor"),
         (reshape(f"{Q}.up", lambda up: up[:, :-1]), f"{Q}.up: expected"),
         (reshape(f"{Q}.up", lambda up: up[:-1]), f"{Q}.up: expected"),
         (reshape(f"{Q}.up", lambda up: up.astype(np.float16)), f"{Q}.up: expected"),
