@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from calora_export import mlpackage
-from calora_export.mil_weights import WeightFile, map_weights
+from calora_export.mil.weights import WeightFile, map_weights
 
 
 @dataclass(frozen=True)

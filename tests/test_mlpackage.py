@@ -14,7 +14,7 @@ import pytest
 
 from calora_export import mlpackage
 from calora_export.errors import PackageError
-from tests.mil_programs import quiet, save
+from tests.mil.programs import quiet, save
 
 
 @pytest.fixture(scope="module")

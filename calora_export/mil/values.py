@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from calora_export.errors import PackageError, mismatch
-from calora_export.mil_kernels import Constant
-from calora_export.mil_weights import WeightFile, from_bytes, map_weights, storage
+from calora_export.mil.kernels import Constant
+from calora_export.mil.weights import WeightFile, from_bytes, map_weights, storage
 
 _MODEL_PATH = "@model_path/"
 _TYPES = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional as F
 
-from calora_export.mil_kernels import Builder, Given, Kernel
+from calora_export.mil.kernels import Builder, Given, Kernel
 
 Pads = list[tuple[int, int]]
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

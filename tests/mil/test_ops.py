@@ -13,9 +13,9 @@ import torch
 
 from calora_export import mil
 from calora_export.errors import PackageError
-from calora_export.mil_ops import OPERATORS
-from tests.mil_cases import GROUPS, Case
-from tests.mil_programs import inferred, results, save
+from calora_export.mil.ops import OPERATORS
+from tests.mil.cases import GROUPS, Case
+from tests.mil.programs import inferred, results, save
 
 
 def packed(groups: Any) -> tuple[dict[str, Case], dict[str, np.ndarray]]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from calora_export.errors import PackageError, UnsupportedError, mismatch
-from calora_export.mil_kernels import Constant, Given, Kernel, half, telling
-from calora_export.mil_ops import OPERATORS
-from calora_export.mil_steps import READ, WRITE, Step, with_deaths, with_overwriting
-from calora_export.mil_values import Constants, TensorSpec, described_tensor, tensor_type
+from calora_export.mil.kernels import Constant, Given, Kernel, half, telling
+from calora_export.mil.ops import OPERATORS
+from calora_export.mil.steps import READ, WRITE, Step, with_deaths, with_overwriting
+from calora_export.mil.values import Constants, TensorSpec, described_tensor, tensor_type
 
 STATES = 0  # the slot that holds the states by name
 _GENERATION = "CoreML"

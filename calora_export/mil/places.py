@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calora_export.mil_kernels import Builder, Given, Kernel, moving, working_type
+from calora_export.mil.kernels import Builder, Given, Kernel, moving, working_type
 
 _POSITIVE_INDICES = 7  # since iOS 17 a negative index is out of range
 

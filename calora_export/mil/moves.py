@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from calora_export.mil_kernels import Builder, Given, Kernel, moving, working_type
+from calora_export.mil.kernels import Builder, Given, Kernel, moving, working_type
 
 _MOST_AXES = 32
 

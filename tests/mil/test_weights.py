@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calora_export.errors import PackageError
-from calora_export.mil_weights import WeightFile, map_weights, storage, unpack
+from calora_export.mil.weights import WeightFile, map_weights, storage, unpack
 
 BITS = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
 WHOLE = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "float32")

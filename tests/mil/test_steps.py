@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calora_export.mil import Function
-from calora_export.mil_reader import STATES, Code
-from calora_export.mil_steps import READ, WRITE, Step, with_deaths, with_overwriting
-from calora_export.mil_values import TensorSpec
+from calora_export.mil.reader import STATES, Code
+from calora_export.mil.steps import READ, WRITE, Step, with_deaths, with_overwriting
+from calora_export.mil.values import TensorSpec
 
 SIZE = 4
 SPEC = TensorSpec("float32", (SIZE,))

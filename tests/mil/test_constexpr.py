@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calora_export import mil
-from tests.mil_programs import operators, save
+from tests.mil.programs import operators, save
 
 _RANDOM = np.random.default_rng(0)
 _STARTS = {"int4": -8, "int8": -128}

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from calora_export.mil_kernels import FLOATS, Builder, Given, Kernel, half
-from calora_export.mil_weights import unpack
+from calora_export.mil.kernels import FLOATS, Builder, Given, Kernel, half
+from calora_export.mil.weights import unpack
 
 
 def _decoder(decode: Callable[[Given], torch.Tensor | tuple[torch.Tensor, ...]], *parameters: str) -> Builder:

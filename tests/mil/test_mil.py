@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from calora_export import mil, mlpackage
 from calora_export.errors import CaloraError, PackageError, UnsupportedError
-from tests.mil_programs import convert, operators, quiet, save
+from tests.mil.programs import convert, operators, quiet, save
 
 FLOAT16 = {"rtol": 2e-2, "atol": 4e-3}
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}

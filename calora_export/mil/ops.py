@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from calora_export import mil_constexpr, mil_layers, mil_moves, mil_places
-from calora_export.mil_kernels import Builder, Given, Kernel
+from calora_export.mil import constexpr, layers, moves, places
+from calora_export.mil.kernels import Builder, Given, Kernel
 
 _INVERSE_SQRT = 1e-12  # the defaults of epsilon
 _INVERSE = 1e-4
@@ -298,5 +298,5 @@ _BUILDERS: dict[str, Builder] = {
 }
 
 OPERATORS = MappingProxyType(
-    _BUILDERS | mil_constexpr.BUILDERS | mil_layers.BUILDERS | mil_moves.BUILDERS | mil_places.BUILDERS
+    _BUILDERS | constexpr.BUILDERS | layers.BUILDERS | moves.BUILDERS | places.BUILDERS
 )

@@ -19,11 +19,11 @@ import torch
 
 from calora_export import mlpackage
 from calora_export.errors import PackageError, UnsupportedError, mismatch
-from calora_export.mil_kernels import FAULTS, fault, half, working, working_type
-from calora_export.mil_reader import STATES, Code, Reader
-from calora_export.mil_steps import Step
-from calora_export.mil_values import Constants, TensorSpec
-from calora_export.mil_weights import storage
+from calora_export.mil.kernels import FAULTS, fault, half, working, working_type
+from calora_export.mil.reader import STATES, Code, Reader
+from calora_export.mil.steps import Step
+from calora_export.mil.values import Constants, TensorSpec
+from calora_export.mil.weights import storage
 
 __all__ = ["Function", "Program", "TensorSpec", "load"]
 
