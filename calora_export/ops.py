@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 512  # rows
+BLOCK = 128  # rows
 
 
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None, codebook: Tensor | None = None) -> Tensor:
