@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from gzip import GzipFile
+from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -209,14 +210,13 @@ def _send_job(shell: Shell, place: str, job: Job, scratch: Path) -> None:
 def _fetch(shell: Shell, scratch: Path) -> None:
     """Bring back the trace; the tar stream says when it is cut off."""
     data = shell.call("pull", f"cd {shell.place}/job && tar -cf - {TRACE} {LOGITS}", LIMIT_S)
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                archive.extractall(scratch, filter="data")
-        except tarfile.TarError as error:
-            raise DeviceError(f"{shell.name}: pull: what arrived is no archive: {error}") from error
+    try:
+        with tarfile.open(fileobj=BytesIO(data), mode="r:") as archive:
+            for name in (TRACE, LOGITS):
+                member = archive.extractfile(name)
+                (scratch / name).write_bytes(member.read() if member else b"")
+    except (tarfile.TarError, KeyError) as error:
+        raise DeviceError(f"{shell.name}: pull: what arrived is no archive of a trace: {error}") from error
 
 
 # ── the keeper ────────────────────────────────────────────────────────────────────────────────────────────────────────
