@@ -2,6 +2,7 @@
 
 host           the runtime's Python package
 host:native    the target's native runner, as on a phone
+host:PROFILE   for Core ML: with the compute units that a device's profile names
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from calora_export import native, runtimes
+from calora_export import native, profiles, runtimes
 from calora_export import package as packages
 from calora_export.devices import Progress, silent
 from calora_export.errors import CaloraError, DeviceError, PackageError, mismatch
@@ -68,15 +70,18 @@ def _program(address: str, package: Package) -> list[str]:
     if not address:
         return [sys.executable, "-m", __name__]
     target = package.manifest.target
+    if target == "coreml":
+        return [sys.executable, "-m", __name__, profiles.load(address).compute_units or "all"]
     if address != "native" or not native.has_runner(target):
         expected = "host, or host:native for a package of a target that has a native runner"
         raise DeviceError(mismatch("--device", f"host:{address}", expected, target))
     return [str(native.runner(target))]
 
 
-def main(package_path: str, directory: str) -> int:
-    """The child: job.json in, trace.json and logits.bin out."""
-    return serve(Path(package_path), Path(directory), answer)
+def main(*arguments: str) -> int:
+    """The child: job.json in, trace.json and logits.bin out. Compute units may come before the two directories."""
+    *units, package, directory = arguments
+    return serve(Path(package), Path(directory), partial(answer, units=units[0]) if units else answer)
 
 
 def serve(package: Path, directory: Path, answer: Callable[[Package, Job], Trace]) -> int:
@@ -89,11 +94,15 @@ def serve(package: Path, directory: Path, answer: Callable[[Package, Job], Trace
     return 0
 
 
-def answer(package: Package, job: Job) -> Trace:
-    """Run a job in this process, on the target's runtime."""
+def answer(package: Package, job: Job, units: str = "") -> Trace:
+    """Run a job in this process, on the target's runtime; units: a profile's compute_units, for Core ML."""
     runtime = runtimes.load(package.manifest.target)
     runtime.prepare(package)
-    return work(package, job, runtime.open_session)
+    if not units:
+        return work(package, job, runtime.open_session)
+    from calora_export.runtimes import coreml
+
+    return work(package, job, lambda package, _: coreml.predicting(package, units))
 
 
 def work(package: Package, job: Job, open_session: Callable[[Package, int], Session]) -> Trace:

@@ -19,6 +19,8 @@ from calora_export.runtimes import Mix
 from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 HALF = np.dtype(np.float16)
+UNITS = {"all": "ALL", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE", "cpuOnly": "CPU_ONLY"}
+"""What Apple's MLComputeUnits has → what coremltools calls it."""
 HIDDEN = HALF.type(np.finfo(HALF).min)
 
 
@@ -84,6 +86,11 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
 def open_session(package: Package, threads: int) -> CoremlSession:
     """`threads` changes nothing: Core ML chooses for itself, and the reference runtime has one."""
     return CoremlSession(package, Predictions() if sys.platform == "darwin" else Reference())
+
+
+def predicting(package: Package, units: str) -> CoremlSession:
+    """A session of Core ML itself; units: a profile's compute_units."""
+    return CoremlSession(package, Predictions(UNITS[units]))
 
 
 class CoremlSession:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ pytest.importorskip("coremltools", reason="the coreml extra is not installed")
 
 import coremltools as ct
 
-from calora_export import coreml_engines, mil
+from calora_export import coreml_engines, mil, profiles
 from calora_export import package as packages
 from calora_export.adapters import load_adapter
 from calora_export.bundle import load
 from calora_export.coreml_engines import Predictions
+from calora_export.devices import host
 from calora_export.errors import PackageError
+from calora_export.jobs import Case, Job
 from calora_export.package import Package
 from calora_export.runtimes import coreml as runtime
 from tests.bundles import VOCAB
@@ -161,3 +164,16 @@ def test_on_macos_it_is_core_ml_and_elsewhere_the_reference(package: Package, mo
     runtime.prepare(package)
     monkeypatch.setattr(runtime.sys, "platform", "linux")
     assert isinstance(runtime.open_session(package, 1)._engines, coreml_engines.Reference)
+
+
+def test_a_profile_says_on_which_units_it_predicts(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(runtime.UNITS) == set(get_args(profiles.ComputeUnits))
+    program = host._program("mac-m4", package)
+    assert program[-1] == profiles.load("mac-m4").compute_units
+    monkeypatch.setattr(ct.models, "MLModel", FakeModel)
+    monkeypatch.setattr(runtime.sys, "platform", "darwin")
+    FakeModel.opened.clear()
+    job = Job(threads=1, cases=(Case(name="base", mix={}, ids=tuple(IDS), prefill=4),))
+    trace = host.answer(package, job, units="cpuAndNeuralEngine")
+    assert trace.logits["base"].shape == (len(IDS) - 4 + 1, package.manifest.model.vocab)
+    assert FakeModel.opened == [("model.mlpackage", ct.ComputeUnit.CPU_AND_NE, None)]
