@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import coremltools as ct
 import numpy as np
 import torch
-from coremltools.converters.mil.converter import mil_convert
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
-from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
 from calora_export import mlpackage, quiet
 from calora_export.routers import Router
+
+with quiet.absent("executorch", "sklearn", "tensorflow", "torchao", "xgboost"):  # seconds, 250 MB and nothing we use
+    import coremltools as ct
+    from coremltools.converters.mil.converter import mil_convert
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
 TARGET = ct.target.iOS18
 DTYPES = {np.int32: types.int32, np.float16: types.fp16}

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Var, types
 from torch.fx import Node
 
 from calora_export import mlpackage
@@ -24,7 +22,7 @@ from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _coreml_program, _nodes
-from calora_export.targets._coreml_program import Description, Flexible, Input, State
+from calora_export.targets._coreml_program import Description, Flexible, Input, State, Var, mb, types
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.version import VERSION
 
