@@ -10,7 +10,8 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from calora_export import mlpackage, quiet
+from calora_export.errors import UnsupportedError
 from calora_export.routers import Router
 
 with quiet.absent("executorch", "sklearn", "tensorflow", "torchao", "xgboost"):  # seconds, 250 MB and nothing we use
@@ -76,6 +78,16 @@ class Description:
     outputs: Mapping[str, str]
 
 
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """What coremltools says, in one line that names the stage."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UnsupportedError(f"coreml: {name}: {said}") from error
+
+
 Values = Mapping[str, Var]
 Body = Callable[[Values], Values]
 
@@ -131,7 +143,7 @@ def save(
     program: Program, path: Path, description: Description, inputs: Sequence[Input], states: Sequence[State]
 ) -> None:
     """Write the package. The same program gives the same bytes."""
-    with quiet.libraries():
+    with stage("writing the model"), quiet.libraries():
         model = mil_convert(
             program,
             convert_from="milinternal",
@@ -149,7 +161,7 @@ def save_traced(router: Router, path: Path) -> None:
     """Convert a router from torch, in fp32: its decisions are to be those of the reference."""
     example = torch.zeros(1, 8, dtype=torch.int32)
     tokens = torch.export.Dim("tokens", min=1, max=LONGEST_TEXT)
-    with torch.no_grad(), quiet.libraries():
+    with stage("converting the router"), torch.no_grad(), quiet.libraries():
         traced = torch.export.export(router.eval(), (example,), dynamic_shapes={"ids": {1: tokens}}, strict=False)
         model = ct.convert(
             traced.run_decompositions({}),

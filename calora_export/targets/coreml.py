@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _coreml_program, _nodes
-from calora_export.targets._coreml_program import Description, Flexible, Input, State, Var, mb, types
+from calora_export.targets._coreml_program import Description, Flexible, Input, State, Var, mb, stage, types
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.version import VERSION
 
@@ -30,6 +29,7 @@ MODEL, ROUTER = "model.mlpackage", "router.mlpackage"
 HALF = np.float16
 TINY, LOWEST = HALF(2.0**-14), HALF(np.finfo(HALF).min)  # smallest normal number; what a hidden position scores
 TO_THE_END = 2**31 - 1  # torch says sys.maxsize or more
+_PARTS = ("key", "value")
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
@@ -120,7 +120,7 @@ class _Lowering:
         needed = _nodes.live([logits], self._operands)
         for node in _nodes.calls(self.graph):
             if node in needed:
-                with _stage(node):
+                with stage(f"building {node.name}"):
                     self._lower(node)
         return {"logits": self.value(logits)}
 
@@ -347,18 +347,6 @@ class _Lowering:
 
     def lower_getitem(self, node: Node) -> None:
         """Read where it is used."""
-
-
-_PARTS = ("key", "value")
-
-
-@contextmanager
-def _stage(node: Node) -> Iterator[None]:
-    """What coremltools says of an operator, in one line that names it."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise UnsupportedError(f"coreml: building {node.name}: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def _offsets(slots: Sequence[SlotTensor]) -> dict[str, tuple[int, int]]:

@@ -147,6 +147,17 @@ def test_what_coremltools_says_of_an_operator_is_one_line(exported: Export, tiny
     assert not (tmp_path / "package").exists()
 
 
+def test_a_router_that_coremltools_does_not_convert_is_one_line(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise NotImplementedError("Unsupported fx node and_1, kind __and__\nand a second line")
+
+    monkeypatch.setattr(programs.ct, "convert", broken)
+    with pytest.raises(UnsupportedError, match=r"^coreml: converting the router: Unsupported fx node and_1.*__and__$"):
+        pipeline.export(tiny, tmp_path / "package", INT4)
+
+
 def test_nothing_of_coremltools_is_heard(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pipeline.export(tiny, tmp_path / "package", INT4)
     heard = capfd.readouterr()
