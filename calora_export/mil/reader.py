@@ -110,6 +110,8 @@ class _Draft:
         names = tuple(output.name for output in operation.outputs)
         place = f"{self.label}: {operation.type} ({', '.join(names)})"
         for output in operation.outputs:
+            if output.name in self.types:  # Core ML would not load it
+                raise PackageError(mismatch(place, "output", "a name of its own", f"{output.name} again"))
             self.types[output.name] = tensor_type(output.type, place)
         if operation.type not in ("const", READ, WRITE, *OPERATORS):
             found = f"{operation.type} ({', '.join(names)})"

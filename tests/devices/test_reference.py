@@ -131,6 +131,18 @@ def test_a_renamed_input_is_named(copy: Path, tiny: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+def test_two_values_of_one_name_are_refused_as_core_ml_does(copy: Path, tiny: Path) -> None:
+    def rename(spec: Any) -> None:
+        operations = spec.mlProgram.functions["main"].block_specializations["CoreML8"].operations
+        linears = [operation for operation in operations if operation.type == "linear"]
+        linears[1].outputs[0].name = linears[0].outputs[0].name
+
+    edit_spec(copy, rename)
+    with pytest.raises(PackageError, match="output: expected a name of its own, found model_layers_0.* again"):
+        validated(copy, tiny)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_what_float16_can_not_hold_is_a_problem_of_its_layer(copy: Path, tiny: Path) -> None:
     """An adapter whose rows meet at 10^5: its own logits are infinite, and the report says where it began."""
     file = copy / "adapters" / "alpha.safetensors"
