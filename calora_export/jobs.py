@@ -91,7 +91,8 @@ class TimingTrace(Struct, frozen=True, forbid_unknown_fields=True):
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     """trace.json. peak_rss is in bytes, of the process that ran the job. peaks: operator → its largest |value|, in the
     order in which they run, from a runtime that sees them. emulated: the times mean nothing. rounding: how kernels of
-    this processor round what packed weights read, where that is not the recipe's `activations`."""
+    this processor round what packed weights read, where that is not the recipe's `activations`. threads: how many it
+    used, where not as many as the job allows."""
 
     device: str
     arch: str
@@ -105,6 +106,7 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     peak_rss: int
     peaks: dict[str, float] | None = None
     emulated: bool = False
+    threads: int | None = None
     rounding: Activations | None = None
 
 

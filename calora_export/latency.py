@@ -44,7 +44,7 @@ def summarise(job: Job, answer: Answer) -> Latency:
         mix2_tax=_ratio(decode.get("mix2"), decode.get("adapter")),
         router_ms=_median(made.router),
         peak_rss_mb=answer.peak_rss / 1e6,
-        threads=job.threads,
+        threads=answer.threads or job.threads,
         samples=len(made.decode.get("base", ())),
     )
 

@@ -33,7 +33,7 @@ def answer(package: Package, job: Job) -> Trace:
     cases = host.work(package, Job(threads=1, cases=job.cases), lambda package, _: CoremlSession(package, watching))
     rest = host.work(package, replace(job, threads=1, cases=()), lambda package, _: CoremlSession(package, plain))
     peaks = watching.peaks[package.manifest.model.file]
-    return Trace(replace(rest.answer, runtime="reference", peaks=peaks, emulated=True), cases.logits)
+    return Trace(replace(rest.answer, runtime="reference", peaks=peaks, emulated=True, threads=1), cases.logits)
 
 
 if __name__ == "__main__":

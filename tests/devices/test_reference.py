@@ -29,7 +29,7 @@ ROWS = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's own code, without a process of its own for each test."""
-    monkeypatch.setattr(measuring, "threads", lambda: 1)
+    monkeypatch.setattr(measuring, "threads", lambda: 2)
     monkeypatch.setattr(devices, "run", lambda device, package, job, progress: reference.answer(package, job))
 
 
@@ -75,6 +75,7 @@ def test_a_saved_package_passes_with_every_check(copy: Path, tiny: Path) -> None
     assert {row.case for row in report.parity} == ROWS
     assert {row.against for row in report.parity} == {"source"}  # the bundle's own weights, nothing re-represented
     assert report.device.kind == "reference" and report.device.emulated
+    assert report.latency.threads == 1  # whatever the machine has
     assert report.router is not None and report.router.decisions_equal
     assert list(report.activations) == ["embedding", "layer 0", "layer 1", "head"]
     assert all(peak is not None and 0 < peak < 100 for peak in report.activations.values())
