@@ -107,6 +107,12 @@ class Bundle:
         """(out, in) of every 2-D weight of the base."""
         return {name: stored.shape for name, stored in self.weights.formats.items()}
 
+    @cached_property
+    def structured(self) -> frozenset[str]:
+        """The modules whose widths are those of their tensors, whatever config.json says (LLM-Pruner)."""
+        steps = [step for step in self.manifest.base.compression if step.pattern == "structured"]
+        return frozenset(site for step in steps for site in expand_sites(step.sites, self.weights.formats))
+
     def weight(self, module: str) -> DenseWeight | PackedWeight:
         """The weight of a module as it is stored."""
         return self.weights.read(module)

@@ -78,7 +78,7 @@ def trace(model: SlotModel, slots: tuple[Slot, ...], *, last_only: bool, recover
     new, cached, rank = 4, 3, 5
     s = model.shape
     ids = torch.zeros(1, new, dtype=torch.long)
-    past = [torch.zeros(1, s.kv_heads, cached, s.head_dim) for _ in range(2 * s.layers)]
+    past = [torch.zeros(1, heads, cached, s.head_dim) for heads in s.kv_heads for _ in range(2)]
     downs = [torch.zeros(rank, slot.inputs) for slot in slots]
     ups = [torch.zeros(slot.outputs, rank) for slot in slots]
     shapes = (

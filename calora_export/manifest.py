@@ -55,14 +55,15 @@ class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Done to the base: int4, int8, nf4 with columns per scale (None: one per row), ints with zero points unless
-    they are symmetric; prune with a pattern.
+    they are symmetric; prune with a pattern: `structured` took whole heads and neurons, so that widths are not those
+    of config.json but those of the tensors.
     """
 
     scheme: Literal["prune", "int4", "int8", "nf4"]
     sites: Sites
     group_size: Count | None = None
     symmetric: bool | None = None
-    pattern: Literal["2:4", "unstructured"] | None = None
+    pattern: Literal["2:4", "unstructured", "structured"] | None = None
 
 
 class BaseSpec(Struct, frozen=True, forbid_unknown_fields=True):

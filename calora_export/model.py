@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from unittest.mock import patch
@@ -34,6 +34,7 @@ WeightOf = Callable[[str], Weight]
 
 ATTENTION = "calora"
 PROBE = 8
+_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".o_proj")
 
 
 @dataclass(frozen=True)
@@ -210,15 +211,18 @@ class _Current:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a runtime must know of the model."""
+    """What a runtime must know of the model; heads and kv_heads by layer."""
 
-    layers: int
-    heads: int
-    kv_heads: int
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
     head_dim: int
     hidden: int
     vocab: int
     context: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.kv_heads)
 
 
 class SlotModel(nn.Module):
@@ -257,8 +261,7 @@ class SlotModel(nn.Module):
         return out.logits
 
     def empty_cache(self) -> list[Tensor]:
-        s = self.shape
-        return [torch.zeros(1, s.kv_heads, 0, s.head_dim) for _ in range(2 * s.layers)]
+        return [torch.zeros(1, heads, 0, self.shape.head_dim) for heads in self.shape.kv_heads for _ in range(2)]
 
 
 def _attend(
@@ -309,10 +312,11 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activations: A
     left = [name for name, tensor in lm.named_parameters() if tensor.is_meta]
     if left:
         raise BundleError(mismatch("base/", left[0], "a tensor of that name", "none"))
+    heads = _heads(lm, linears, bundle.structured)
     expected = _library_logits(lm)
     _replace_norms(lm)
     _replace_rotary(lm, context)
-    model = SlotModel(lm, current, _shape(config, context))
+    model = SlotModel(lm, current, _shape(config, heads, context))
     _check_same(model, expected)
     _group_by_input(model, linears, activations)
     return model
@@ -333,8 +337,12 @@ def _read_config(bundle: Bundle) -> transformers.PretrainedConfig:
 def _library_logits(lm: transformers.PreTrainedModel) -> Tensor:
     """Logits [1, PROBE, vocab] of the library's own attention, rotary embedding and norms."""
     lm.set_attn_implementation("eager")
-    with torch.no_grad():
-        logits = lm(input_ids=torch.arange(PROBE).unsqueeze(0), use_cache=False).logits
+    try:
+        with torch.no_grad():
+            logits = lm(input_ids=torch.arange(PROBE).unsqueeze(0), use_cache=False).logits
+    except RuntimeError as error:  # of layers with widths of their own
+        found = str(error).partition("\n")[0]
+        raise BundleError(mismatch("base/", "widths", "layers that fit each other", found)) from error
     lm.set_attn_implementation(ATTENTION)
     return logits
 
@@ -400,12 +408,15 @@ def _replace_weights(
             if shared and table is None:
                 raise UnsupportedError(mismatch("base/config.json", "tie_word_embeddings", "a token table", "none"))
             held = table if shared and table else Held.of(weight_of(name))
-            if tuple(held.weight.shape) != (module.out_features, module.in_features):
-                expected = [module.out_features, module.in_features]
-                raise BundleError(mismatch("base/", f"{name}.weight", expected, list(held.weight.shape)))
+            expected, found = [module.out_features, module.in_features], list(held.weight.shape)
+            if found != expected and name not in bundle.structured:
+                hint = "a base whose layers have widths of their own says so: base.compression, pattern structured"
+                raise BundleError(mismatch("base/", f"{name}.weight", expected, found, hint))
             bias = torch.zeros(0)
             if module.bias is not None:
                 bias = torch.from_numpy(np.array(bundle.base.float32(f"{name}.bias")))
+                if len(bias) != found[0]:
+                    raise BundleError(mismatch("base/", f"{name}.bias", found[:1], list(bias.shape)))
             linears[name] = Linear(name, held, bias, current)
             lm.set_submodule(name, linears[name])
     for name, param in list(lm.named_parameters()):
@@ -476,13 +487,37 @@ def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activations
     model.groups = tuple(tuple(sites) for _, sites in runs)
 
 
-def _shape(config: transformers.PretrainedConfig, context: int) -> Shape:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _heads(
+    lm: transformers.PreTrainedModel, linears: Mapping[str, Linear], structured: Collection[str]
+) -> list[tuple[int, int]]:
+    """Query and key-value heads of every layer. Where pruning took some, LLM-Pruner (arXiv 2305.11627) keeps each as
+    wide as it was, and so do we count them; the library's own attention is told."""
+    config, size = lm.config, _head_dim(lm.config)
+    found = [(config.num_attention_heads, config.num_key_value_heads)] * config.num_hidden_layers
+    for owner in sorted({site.rpartition(".")[0] for site in structured if site.endswith(_PROJECTIONS)}):
+        if missing := [name for name in _PROJECTIONS if owner + name not in linears]:
+            raise UnsupportedError(mismatch("base/", owner, f"{missing[0][1:]}, which tells its heads", "none"))
+        query, key, value, output = (linears[owner + name] for name in _PROJECTIONS)
+        widths = query.out_features, key.out_features, value.out_features, output.in_features
+        heads, kv_heads = widths[0] // size, widths[1] // size
+        if not kv_heads or heads % kv_heads or widths != (heads * size, kv_heads * size, kv_heads * size, heads * size):
+            wanted = f"q and o of a multiple of the {size} features that k and v share a head of"
+            raise BundleError(mismatch("base/", f"{owner}: q, k, v, o", wanted, ", ".join(map(str, widths))))
+        attention = lm.get_submodule(owner)
+        attention.num_key_value_groups = heads // kv_heads
+        found[attention.layer_idx] = (heads, kv_heads)  # type: ignore[index]
+    return found
+
+
+def _head_dim(config: transformers.PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _shape(config: transformers.PretrainedConfig, heads: Sequence[tuple[int, int]], context: int) -> Shape:
     return Shape(
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
+        heads=tuple(query for query, _ in heads),
+        kv_heads=tuple(key for _, key in heads),
+        head_dim=_head_dim(config),
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         context=context,

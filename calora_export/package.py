@@ -103,13 +103,16 @@ class RouterEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """Sizes of the base that a runtime must know; context in positions."""
+    """Sizes of the base that a runtime must know; context in positions.
+
+    heads and kv_heads: of every layer, or a list by layer where they are not alike.
+    """
 
     file: str
     architecture: str
     layers: int
-    heads: int
-    kv_heads: int
+    heads: int | tuple[int, ...]
+    kv_heads: int | tuple[int, ...]
     head_dim: int
     hidden: int
     vocab: int
@@ -117,6 +120,12 @@ class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
     logits: Literal["last", "all"]
     bos: int | None
     eos: tuple[int, ...]
+
+    def caches(self, length: int) -> dict[str, tuple[int, int, int, int]]:
+        """`<layer>.key` and `<layer>.value` → [1, KV, length, D], in order."""
+        heads = (self.kv_heads,) * self.layers if isinstance(self.kv_heads, int) else self.kv_heads
+        shapes = [(1, count, length, self.head_dim) for count in heads]
+        return {f"{i}.{part}": shape for i, shape in enumerate(shapes) for part in ("key", "value")}
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,8 +238,21 @@ class _Export:
     ) -> Manifest:
         bos, eos = self.special
         architecture = composed.lm.config.model_type
-        sizes = asdict(composed.shape)
-        model = ModelInfo(file=file, architecture=architecture, bos=bos, eos=eos, logits=self.recipe.logits, **sizes)
+        shape = composed.shape
+        model = ModelInfo(
+            file=file,
+            architecture=architecture,
+            layers=shape.layers,
+            heads=_one_or_each(shape.heads),
+            kv_heads=_one_or_each(shape.kv_heads),
+            head_dim=shape.head_dim,
+            hidden=shape.hidden,
+            vocab=shape.vocab,
+            context=shape.context,
+            logits=self.recipe.logits,
+            bos=bos,
+            eos=eos,
+        )
         return Manifest(
             schema_version=1,
             name=self.bundle.manifest.name,
@@ -257,6 +270,10 @@ class _Export:
             files={},
             versions=_versions(),
         )
+
+
+def _one_or_each(by_layer: tuple[int, ...]) -> int | tuple[int, ...]:
+    return by_layer[0] if len(set(by_layer)) == 1 else by_layer
 
 
 def _encode(

@@ -119,6 +119,9 @@ def _memory(bundle: bundles.Bundle, recipe: recipes.Recipe) -> dict[str, float]:
     heads = config.num_key_value_heads or config.num_attention_heads
     head_dim = config.head_dim or config.hidden_size // max(config.num_attention_heads, 1)
     numbers = 2 * config.num_hidden_layers * heads * head_dim  # keys and values of one position
+    if bundle.structured:
+        cached = (".k_proj", ".v_proj")
+        numbers = sum(shape[0] for name, shape in bundle.linears.items() if name.endswith(cached))
     positions = min(recipe.context, config.max_position_embeddings or recipe.context)
     return {
         "weights": sum(_bytes(recipe, name, shape) for name, shape in bundle.linears.items()),

@@ -40,10 +40,10 @@ def collapse_sites(sites: Iterable[str], linears: Collection[str]) -> tuple[str,
     """Patterns whose expansion over `linears` is exactly `sites`: `*` for numbers where all layers agree."""
     groups: dict[str, set[str]] = {}
     for site in sorted(sites, key=natural_key):
-        groups.setdefault(_starred(site), set()).add(site)
+        groups.setdefault(starred(site), set()).add(site)
     every: dict[str, set[str]] = {}
     for name in linears:
-        every.setdefault(_starred(name), set()).add(name)
+        every.setdefault(starred(name), set()).add(name)
     patterns: list[str] = []
     for pattern, members in groups.items():
         whole = len(members) > 1 and members == every.get(pattern)
@@ -51,7 +51,8 @@ def collapse_sites(sites: Iterable[str], linears: Collection[str]) -> tuple[str,
     return tuple(patterns)
 
 
-def _starred(name: str) -> str:
+def starred(name: str) -> str:
+    """A site with `*` for every number: what it is called in all layers."""
     return ".".join("*" if _is_number(part) else part for part in name.split("."))
 
 

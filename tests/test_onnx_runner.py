@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calora_export import native
+from calora_export import native, pipeline
 from calora_export import package as packages
 from calora_export.devices import host
 from calora_export.jobs import Case, Job
+from tests import pruned
 from tests.bundles import edit_json
 from tests.conftest import Variant
 from tests.packages import copy_package, refresh
@@ -46,6 +47,16 @@ def test_fp16_rows_are_scaled_as_numpy_does(tiny: Path, variant: Variant, mix: d
     made, expected = host.run("native", package, job), host.answer(package, job)
     np.testing.assert_allclose(made.logits["mix"], expected.logits["mix"], atol=1e-4)
     assert np.abs(made.logits["mix"] - made.logits["base"]).max() > 1e-2
+
+
+@pytest.mark.usefixtures("runner")
+def test_layers_with_numbers_of_heads_of_their_own(tmp_path: Path) -> None:
+    bundle = pruned.make(tmp_path).bundle
+    package = pipeline.export(bundle, tmp_path / "package", "onnx-fp32")
+    job = Job(threads=1, cases=(Case("base", {}, IDS, 16), Case("one", {"one": 1.0}, IDS, 16)))
+    made, expected = host.run("native", package, job), host.answer(package, job)
+    for case in ("base", "one"):
+        np.testing.assert_allclose(made.logits[case], expected.logits[case], atol=1e-4)
 
 
 def test_the_program_runs_with_the_loader_and_libraries_that_it_brings(runner: Path, package: Path) -> None:

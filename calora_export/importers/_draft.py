@@ -26,7 +26,7 @@ from calora_export.manifest import (
     check_id,
     write_manifest,
 )
-from calora_export.sites import collapse_sites
+from calora_export.sites import collapse_sites, starred
 
 _SMALL = (".json", ".txt", ".model", ".jinja")
 _SMALL_BYTES = 64 << 20  # the largest tokenizer.json in use has about half of that
@@ -170,14 +170,20 @@ def _weight_files(base: Path) -> list[str]:
 
 
 def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[CompressionStep, ...]:
-    """One step per form that is stored; a group as wide as the row is one scale per row."""
+    """Pruning where layers have widths of their own, then one step per form that is stored; a group as wide as the row
+    is one scale per row."""
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for module, stored in formats.items():
+        shapes.setdefault(starred(module), set()).add(stored.shape)
+    uneven = [module for module in formats if len(shapes[starred(module)]) > 1]
+    steps = [CompressionStep("prune", collapse_sites(uneven, formats), pattern="structured")] if uneven else []
     forms: dict[tuple[str, int, bool], list[str]] = {}
     for module, stored in formats.items():
         if stored.bits is not None and stored.group_size is not None:
             per_row = stored.group_size == stored.shape[1]
             form = (stored.scheme, 0 if per_row else stored.group_size, stored.symmetric)
             forms.setdefault(form, []).append(module)
-    return tuple(
+    steps += [
         CompressionStep(
             scheme=scheme,  # type: ignore[arg-type]
             sites=collapse_sites(modules, formats),
@@ -185,4 +191,5 @@ def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[Compression
             symmetric=None if scheme == "nf4" else symmetric,
         )
         for (scheme, group_size, symmetric), modules in sorted(forms.items())
-    )
+    ]
+    return tuple(steps)

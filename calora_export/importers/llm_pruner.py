@@ -1,4 +1,7 @@
-"""LLM-Pruner (arXiv 2305.11627): a base whose layers kept other numbers of heads and neurons each. Refused."""
+"""LLM-Pruner (arXiv 2305.11627): a base whose layers kept other numbers of heads and neurons each.
+
+Its pickle is refused, its tensors are read.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,9 @@ Pickle = Annotated[Path, typer.Argument(help="The pytorch_model.bin of LLM-Prune
 
 
 def run(checkpoint: Pickle, out: Out) -> Imported:
-    """Refused: LLM-Pruner pickles a module whose layers have widths of their own, which no config.json can state.
-
-    UnsupportedError says what works instead.
-    """
+    """Refused: LLM-Pruner pickles a module, code and all. UnsupportedError says what works instead: its tensors."""
     if not checkpoint.is_file():
         raise BundleError(mismatch(checkpoint, "checkpoint", "a file", "nothing"))
-    hint = "prune whole layers or to one width for all, save_pretrained it as safetensors, and use import peft"
-    expected = "a state dict of a model whose config.json gives every width"
-    raise UnsupportedError(mismatch(checkpoint, "file", expected, "a pickled module with widths per layer", hint))
+    hint = "save its model.state_dict() as model.safetensors beside the config.json it was pruned from, and import peft"
+    expected = "tensors without code"
+    raise UnsupportedError(mismatch(checkpoint, "file", expected, "a pickled module", hint))

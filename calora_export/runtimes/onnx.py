@@ -197,9 +197,8 @@ class _Cache:
     """Keys and values [1, KV, context, D] that the runtime reads and writes in place; `length` positions are valid."""
 
     def __init__(self, model: ModelInfo) -> None:
-        shape = (1, model.kv_heads, model.context, model.head_dim)
-        names = [f"{i}.{kv}" for i in range(model.layers) for kv in ("key", "value")]
-        self._buffers = Tensors.of({name: np.zeros(shape, np.float32) for name in names})
+        shapes = model.caches(model.context)
+        self._buffers = Tensors.of({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
         self.length = 0
 
     def bind(self, binding: ort.IOBinding) -> None:

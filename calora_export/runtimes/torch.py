@@ -121,8 +121,7 @@ class TorchSession:
             self.forget()
 
     def forget(self) -> None:
-        model = self._manifest.model
-        self._cache = [torch.zeros(1, model.kv_heads, 0, model.head_dim)] * (2 * model.layers)
+        self._cache = [torch.zeros(shape) for shape in self._manifest.model.caches(0).values()]
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
         self._package.require_room(self._cache[0].shape[2] + len(ids))

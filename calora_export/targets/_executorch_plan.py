@@ -143,7 +143,7 @@ class _Walk:
 
     def _attention(self, node: Node) -> Attention:
         shape, (scale, window, softcap) = self.graph.shape, node.args[7:10]
-        sizes = (shape.heads, shape.kv_heads, shape.head_dim, shape.context)
+        sizes = (*_nodes.head_counts(node), shape.head_dim, shape.context)
         return Attention(*sizes, float(scale), _nodes.integer(window), float(softcap))  # type: ignore[arg-type]
 
     def lower_attention(self, node: Node) -> None:

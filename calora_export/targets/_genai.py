@@ -10,7 +10,11 @@ from calora_export.package import Manifest
 
 
 def write(manifest: Manifest, directory: Path) -> None:
-    """genai_config.json, and a copy of the tokenizer where that library expects it."""
+    """genai_config.json, and a copy of the tokenizer where that library expects it. Nothing where layers have heads of
+    their own: the library has one number of heads for all.
+    """
+    if not (isinstance(manifest.model.heads, int) and isinstance(manifest.model.kv_heads, int)):
+        return
     for file in sorted((directory / "tokenizer").glob("*.*")):
         shutil.copyfile(file, directory / file.name)
     text = json.dumps(_config(manifest), indent=2)

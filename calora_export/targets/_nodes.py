@@ -162,6 +162,12 @@ def heads(arg: object) -> tuple[Node, bool]:
     return (source, True) if source.meta["val"].dim() == 3 else (before, False)
 
 
+def head_counts(attention: Node) -> tuple[int, int]:
+    """Query and key-value heads of an attention."""
+    query, key = (node(arg).meta["val"].shape[1] for arg in attention.args[:2])
+    return integer(query), integer(key)
+
+
 def slot_sites(roles: dict[str, str], linears: Node) -> list[tuple[int, str]]:
     """Which members of a group have slots: index in the group, site."""
     members = [integer(index) for index in items(linears.args[4])]

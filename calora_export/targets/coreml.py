@@ -87,9 +87,18 @@ def _inputs(graph: Graph, slots: Sequence[SlotTensor], recipe: Recipe) -> list[I
 
 
 def _states(graph: Graph) -> list[State]:
-    s = graph.shape
-    shape = (s.layers, s.kv_heads, s.context, s.head_dim)
-    return [State(f"{part}Cache", shape, f"Cached {part}s: layers, heads, positions, features.") for part in _PARTS]
+    s, (layers, heads) = graph.shape, _cache_places(graph.shape.kv_heads)[1]
+    axes = "layers, heads" if layers > 1 else "1, the heads of all layers"
+    shape = (layers, heads, s.context, s.head_dim)
+    return [State(f"{part}Cache", shape, f"Cached {part}s: {axes}, positions, features.") for part in _PARTS]
+
+
+def _cache_places(kv_heads: Sequence[int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Where each layer's heads start in a state [layers, heads, …], and its first two lengths: a row for every layer
+    where all have as many heads, else one row for all."""
+    if len(set(kv_heads)) == 1:
+        return [(layer, 0) for layer in range(len(kv_heads))], (len(kv_heads), kv_heads[0])
+    return [(0, sum(kv_heads[:layer])) for layer in range(len(kv_heads))], (1, sum(kv_heads))
 
 
 def _description(recipe: Recipe, origin: Origin) -> Description:
@@ -217,12 +226,12 @@ class _Lowering:
 
     def lower_attention(self, node: Node) -> None:
         """The query heads that share a key head are rows of one query: keys and values are read as they are cached."""
-        shape = self.graph.shape
+        head_dim, (query_heads, kv_heads) = self.graph.shape.head_dim, _nodes.head_counts(node)
         *qkv, past, _, cos, sin, scale, window, softcap = node.args
         layer = int(self.roles[_nodes.node(past).name].removeprefix("past.")) // 2
         q, k, v = (
             self._per_head(arg, heads)
-            for arg, heads in zip(qkv, (shape.heads, shape.kv_heads, shape.kv_heads), strict=True)
+            for arg, heads in zip(qkv, (query_heads, kv_heads, kv_heads), strict=True)
         )
         if _nodes.node(cos).meta["val"].numel():
             tables = self._positions_of(cos), self._positions_of(sin)
@@ -231,13 +240,13 @@ class _Lowering:
             self._cached(f"{part}Cache", layer, mb.transpose(x=new, perm=[0, 2, 1, 3]))
             for part, new in zip(_PARTS, (k, v), strict=True)
         )
-        queries, sharing = self._by_key_head(q), shape.heads // shape.kv_heads
+        queries, sharing = self._by_key_head(q, kv_heads), query_heads // kv_heads
         mask = self._mask(_nodes.integer(window), sharing)
         factor = float(scale)  # type: ignore[arg-type]
         out = _attend(queries, keys, values, mask, factor, float(softcap))  # type: ignore[arg-type]
-        out = mb.reshape(x=out, shape=[1, shape.heads, -1, shape.head_dim])
+        out = mb.reshape(x=out, shape=[1, query_heads, -1, head_dim])
         out = mb.transpose(x=out, perm=[0, 2, 1, 3])
-        self.values[node, 0] = mb.reshape(x=out, shape=[1, -1, shape.heads * shape.head_dim])
+        self.values[node, 0] = mb.reshape(x=out, shape=[1, -1, query_heads * head_dim])
 
     def _per_head(self, arg: object, heads: int) -> Var:
         """[1, S, H, D] from what attention gets as [1, H, S, D], where it can without moving it there and back."""
@@ -246,22 +255,25 @@ class _Lowering:
             return mb.transpose(x=self.value(source), perm=[0, 2, 1, 3])
         return mb.reshape(x=self.value(source), shape=[1, -1, heads, self.graph.shape.head_dim])
 
-    def _by_key_head(self, q: Var) -> Var:
+    def _by_key_head(self, q: Var, kv_heads: int) -> Var:
         """[1, KV, H / KV · S, D] of [1, S, H, D]."""
         q = mb.transpose(x=q, perm=[0, 2, 1, 3])
-        return mb.reshape(x=q, shape=[1, self.graph.shape.kv_heads, -1, self.graph.shape.head_dim])
+        return mb.reshape(x=q, shape=[1, kv_heads, -1, self.graph.shape.head_dim])
 
     def _cached(self, name: str, layer: int, new: Var) -> Var:
         """Put new keys or values [1, KV, S, D] behind the old ones; all of them, or the whole cache."""
         shape, state, (start, end) = self.graph.shape, self.inputs[name], self._bounds()
-        stop = mb.concat(values=[layer + 1, shape.kv_heads, end, shape.head_dim], axis=0)
-        begin = mb.concat(values=[layer, 0, start, 0], axis=0)
+        row, head = _cache_places(shape.kv_heads)[0][layer]
+        last = head + shape.kv_heads[layer]
+        stop = mb.concat(values=[row + 1, last, end, shape.head_dim], axis=0)
+        begin = mb.concat(values=[row, head, start, 0], axis=0)
         grown = mb.slice_update(x=mb.read_state(input=state), update=new, begin=begin, end=stop)
         mb.coreml_update_state(state=state, value=grown)
         now = mb.read_state(input=state)
         if "position" in self.inputs:
-            return _slice(now, 0, layer, layer + 1)
-        return mb.slice_by_index(x=now, begin=[layer, 0, 0, 0], end=stop)
+            whole = [row + 1, last, shape.context, shape.head_dim]
+            return mb.slice_by_index(x=now, begin=[row, head, 0, 0], end=whole)
+        return mb.slice_by_index(x=now, begin=[row, head, 0, 0], end=stop)
 
     def _bounds(self) -> tuple[Var, Var]:
         """Where this call's positions start and end."""

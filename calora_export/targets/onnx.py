@@ -120,8 +120,8 @@ class _Lowering:
         logits, *present = (self.value(node) for node in self.results)
         shape = ["batch_size", positions, self.graph.shape.vocab]
         outputs = [named(logits, "logits", ir.DataType.FLOAT, shape)]
-        for name, value in zip(self._cache_names("present"), present, strict=True):
-            outputs.append(named(value, name, ir.DataType.FLOAT, self._cache_shape("total_sequence_length")))
+        for i, (name, value) in enumerate(zip(self._cache_names("present"), present, strict=True)):
+            outputs.append(named(value, name, ir.DataType.FLOAT, self._cache_shape(i, "total_sequence_length")))
         base = self.build.emit("Identity", self.build.inputs["base_fingerprint"])
         return [*outputs, named(base, "fingerprint", ir.DataType.UINT8, [32])]
 
@@ -152,15 +152,16 @@ class _Lowering:
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{layer}.{kv}" for layer in range(self.graph.shape.layers) for kv in ("key", "value")]
 
-    def _cache_shape(self, length: str) -> list[int | str]:
-        return ["batch_size", self.graph.shape.kv_heads, length, self.graph.shape.head_dim]
+    def _cache_shape(self, index: int, length: str) -> list[int | str]:
+        """Of the index-th cache: keys and values of one layer after the other."""
+        return ["batch_size", self.graph.shape.kv_heads[index // 2], length, self.graph.shape.head_dim]
 
     def _declare_inputs(self, fingerprint: bytes) -> None:
         declare = self.build.declare
         declare("ids", "input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
         declare("mask", "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
         for i, name in enumerate(self._cache_names("past_key_values")):
-            declare(f"past.{i}", name, ir.DataType.FLOAT, self._cache_shape("past_sequence_length"))
+            declare(f"past.{i}", name, ir.DataType.FLOAT, self._cache_shape(i, "past_sequence_length"))
         base = declare("base_fingerprint", "base_fingerprint", ir.DataType.UINT8, [32])
         self.build.default(base, np.frombuffer(fingerprint, np.uint8).copy())
         if self.graph.recovery:
@@ -304,6 +305,7 @@ class _Lowering:
     def lower_attention(self, node: Node) -> None:
         *qkv, past_key, past_value, cos, sin, scale, window, softcap = node.args
         rotary = _nodes.node(cos).meta["val"].numel() > 0
+        heads, kv_heads = _nodes.head_counts(node)
         if node in self.packed:
             projections: list[ir.Value | None] = [self.values[self.packed[node][0]], None, None]
         else:
@@ -317,8 +319,8 @@ class _Lowering:
             *([self.value(cos), self.value(sin)] if rotary else []),
             outputs=3,
             domain=CONTRIB,
-            num_heads=self.graph.shape.heads,
-            kv_num_heads=self.graph.shape.kv_heads,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
             scale=scale,
             do_rotary=int(rotary),
             local_window_size=window or -1,

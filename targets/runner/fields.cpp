@@ -65,6 +65,15 @@ std::vector<int64_t> Fields::integers(const std::string& key) const {
   return integers_of(at(key, "a list of integers", is_list), key);
 }
 
+std::vector<int64_t> Fields::integers(const std::string& key, int64_t count) const {
+  const auto listed = value_->find(key);
+  if (listed == value_->end() || !listed->is_array()) return std::vector<int64_t>(size_t(count), integer(key));
+  const std::vector<int64_t> found = integers(key);
+  if (int64_t(found.size()) != count)
+    throw refusal(file_, name(key), "a list of " + std::to_string(count), "one of " + std::to_string(found.size()));
+  return found;
+}
+
 std::vector<std::vector<int64_t>> Fields::rows(const std::string& key) const {
   std::vector<std::vector<int64_t>> rows;
   if (has(key))

@@ -24,6 +24,8 @@ class Fields {
   std::string text(const std::string& key) const;
   int64_t integer(const std::string& key) const;
   std::vector<int64_t> integers(const std::string& key) const;
+  /// `count` integers; one stands for as many.
+  std::vector<int64_t> integers(const std::string& key, int64_t count) const;
   /// A list of lists; absent: empty.
   std::vector<std::vector<int64_t>> rows(const std::string& key) const;
   std::map<std::string, double> numbers(const std::string& key) const;

@@ -35,9 +35,11 @@ struct Cache {
 
   explicit Cache(const Package& package) {
     const Fields model = package.manifest.object("model");
-    const int64_t heads = model.integer("kv_heads"), width = model.integer("head_dim"), layers = model.integer("layers");
+    const int64_t width = model.integer("head_dim"), layers = model.integer("layers");
+    const std::vector<int64_t> counts = model.integers("kv_heads", layers);
     for (int64_t i = 0; i < layers; ++i)
       for (const char* const kind : {"key", "value"}) {
+        const int64_t heads = counts[size_t(i)];
         // calloc has large blocks from the system, which backs their pages when they are first written.
         auto* const memory = static_cast<char*>(std::calloc(size_t(heads * package.context * width), sizeof(float)));
         if (!memory) throw Error(package.model.filename().string() + ": no memory for the KV cache");
