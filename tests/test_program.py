@@ -36,7 +36,7 @@ def traced(path: Path) -> Graph:
 def flat_inputs(graph: Graph, new: int, cached: int, rank: int) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
     torch.manual_seed(0)
     shape = graph.shape
-    past = [torch.randn(1, shape.kv_heads, cached, shape.head_dim) for _ in range(2 * shape.layers)]
+    past = [torch.randn(1, heads, cached, shape.head_dim) for heads in shape.kv_heads for _ in range(2)]
     downs = [torch.randn(rank, slot.inputs) for slot in graph.slots]
     ups = [torch.randn(slot.outputs, rank) for slot in graph.slots]
     rows = [torch.randn(rank), torch.arange(rank) % 2 == 0]
