@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -26,6 +27,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora": ("lora_A.weight", "lora_B.weight"), "recovery": ("lora_a1.weight", "lora_a2.weight")}
+_CORE = "lora_core"
+SHARED = "shared"
 
 Positive = Annotated[float, Meta(gt=0)]
 Rank = Annotated[int, Meta(ge=1)]
@@ -89,6 +92,7 @@ _REFUSED = {
 _OTHER_KEYS = {
     ".base_layer.": "a copy of the base's weight: save_pretrained it again with save_embedding_layers=False",
     ".lora_embedding_": "LoRA on an embedding: train it on linear layers only",
+    f".{_CORE}": "a core without its basis: add it from its bundle, which has shared/",
     ".coefficients": "NOLA: import nola makes A and B of it",
     ".seed": "NOLA: import nola makes A and B of it",
 }
@@ -99,7 +103,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 class SiteBranch:
     """One branch at one site: `down` [r, in] and `up` [out, r] are the names of its tensors.
 
-    A tied matrix lies at another site: `down_at` and `up_at` say which.
+    A tied matrix lies at another site: `down_at` and `up_at` say which. With a basis, `core` is the only tensor.
     """
 
     site: str
@@ -110,6 +114,12 @@ class SiteBranch:
     act: Literal["identity", "gelu"]
     down_at: str | None = None
     up_at: str | None = None
+    basis: str | None = None
+
+    @property
+    def core(self) -> str:
+        """Between the down and the up of the basis."""
+        return f"{_PREFIX}{self.site}.{_CORE}"
 
     @property
     def down(self) -> str:
@@ -156,6 +166,14 @@ def open_weights(directory: Path, label: str) -> TensorIndex:
     return TensorIndex.open(directory, label)
 
 
+def open_basis(bundle: Path, name: str) -> TensorIndex:
+    """What adapters share: <site>.down [r, in] and <site>.up [out, c]; BundleError for NaN or Inf."""
+    basis = TensorIndex.open(bundle / SHARED / name, f"{SHARED}/{name}")
+    if (bad := basis.first_nonfinite()) is not None:
+        raise BundleError(mismatch(basis.file_of(bad), bad, "finite values", "NaN or Inf"))
+    return basis
+
+
 def declared_branches(
     branches: Sequence[Branch],
     config: PeftConfig,
@@ -181,7 +199,9 @@ def declared_branches(
         for site in sites:
             if (site, branch.role) in placed:
                 raise wrong(f"{at}.sites", f"{site} in one {branch.role} branch", "it in two")
-            own = SiteBranch(site, branch.role, branch.r, branch.alpha, branch.scale, branch.act, down_at, up_at)
+            own = SiteBranch(
+                site, branch.role, branch.r, branch.alpha, branch.scale, branch.act, down_at, up_at, branch.basis
+            )
             placed[site, branch.role] = own
             if branch.role == "lora":
                 _check_against_config(own, config, f"{label}/{CONFIG}")
@@ -193,20 +213,27 @@ def declared_branches(
     return tuple(sorted(placed.values(), key=lambda branch: (natural_key(branch.site), branch.role)))
 
 
+def sites_of(tensors: TensorIndex) -> set[str]:
+    """The sites that the tensors' names imply; UnsupportedError for a name that is none of ours."""
+    cores = {name[len(_PREFIX) : -len(_CORE) - 1] for name in tensors.names() if name.endswith(f".{_CORE}")}
+    return cores or {site for site, _ in _placed(tensors)}
+
+
 def stored_branches(tensors: TensorIndex, config: PeftConfig) -> tuple[SiteBranch, ...]:
     """The branches that the tensors' names imply, with PEFT's rank, alpha and scale per site.
 
     lora_a1 / lora_a2 make a GELU recovery branch: its rank is lora_a1's, its scale that of the site's LoRA.
     """
-    found: set[tuple[str, Literal["lora", "recovery"]]] = set()
-    # The copied weight of an embedding comes last: the embedding's LoRA is the better reason to refuse.
-    for name in sorted(tensors.names(), key=lambda name: ".base_layer." in name):
-        found.add(_parse_key(name, tensors))
-    branches = [_stored_branch(site, role, tensors, config) for site, role in found]
+    branches = [_stored_branch(site, role, tensors, config) for site, role in _placed(tensors)]
     return tuple(sorted(branches, key=lambda branch: (natural_key(branch.site), branch.role)))
 
 
-def check_tensors(tensors: TensorIndex, branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, int]]) -> None:
+def check_tensors(
+    tensors: TensorIndex,
+    branches: Sequence[SiteBranch],
+    linears: Mapping[str, tuple[int, int]],
+    bases: Mapping[str, TensorIndex] = MappingProxyType({}),
+) -> None:
     """BundleError unless `tensors` are exactly those of `branches`, with their shapes, float and finite."""
     shapes: dict[str, tuple[int, int]] = {}
     for branch in branches:
@@ -215,6 +242,9 @@ def check_tensors(tensors: TensorIndex, branches: Sequence[SiteBranch], linears:
             file, expected = tensors.file_of(branch.down), "a linear layer of the base"
             raise BundleError(mismatch(file, branch.down, expected, branch.site, hint))
         rows, columns = linears[branch.site]
+        if branch.basis is not None:
+            shapes[branch.core] = _core_shape(branch, tensors, bases[branch.basis], rows, columns)
+            continue
         for name, shape in ((branch.down, (branch.r, columns)), (branch.up, (rows, branch.r))):
             if shapes.setdefault(name, shape) != shape:
                 raise BundleError(mismatch(FILE, f"tied at {branch.site}", f"{list(shapes[name])}", f"{list(shape)}"))
@@ -233,6 +263,21 @@ def check_tensors(tensors: TensorIndex, branches: Sequence[SiteBranch], linears:
             raise BundleError(mismatch(tensors.file_of(name), name, expected, "this one"))
     if (name := tensors.first_nonfinite()) is not None:
         raise BundleError(mismatch(tensors.file_of(name), name, "finite values", "NaN or Inf"))
+
+
+def _core_shape(
+    branch: SiteBranch, tensors: TensorIndex, basis: TensorIndex, rows: int, columns: int
+) -> tuple[int, ...]:
+    """[c, r], or [r] where the file has a diagonal; BundleError unless the basis has matrices for the site."""
+    down, up = f"{branch.site}.down", f"{branch.site}.up"
+    c = (*basis.info(up).shape, 0, 0)[1]
+    for name, shape in ((down, (branch.r, columns)), (up, (rows, c))):
+        info = basis.info(name)
+        if info.shape != shape or info.dtype not in FLOATS:
+            found = f"{info.dtype} {list(info.shape)}"
+            raise BundleError(mismatch(basis.file_of(name), name, f"{' or '.join(FLOATS)} {list(shape)}", found))
+    stored = tensors.tensors.get(branch.core)
+    return (branch.r,) if c == branch.r and stored is not None and len(stored.shape) == 1 else (c, branch.r)
 
 
 def _at(patterns: Mapping[str, _Number], site: str, default: _Number) -> _Number:
@@ -257,6 +302,12 @@ def _check_against_config(branch: SiteBranch, config: PeftConfig, file: str) -> 
     ):
         if expected != found:
             raise BundleError(mismatch(file, key, f"{expected:g} at {branch.site}, as in {FILE}", f"{found:g}"))
+
+
+def _placed(tensors: TensorIndex) -> set[tuple[str, Literal["lora", "recovery"]]]:
+    """Site and role of every tensor."""
+    # The copied weight of an embedding comes last: the embedding's LoRA is the better reason to refuse.
+    return {_parse_key(name, tensors) for name in sorted(tensors.names(), key=lambda name: ".base_layer." in name)}
 
 
 def _parse_key(name: str, tensors: TensorIndex) -> tuple[str, Literal["lora", "recovery"]]:

@@ -22,6 +22,7 @@ from calora_export.sites import natural_key
 from calora_export.tensors import TensorIndex
 
 Linears = Mapping[str, tuple[int, int]]
+Bases = Mapping[str, TensorIndex]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Adapter:
 
 def load_adapter(bundle: Bundle, identifier: str) -> Adapter:
     """The rows of a bundle's adapter; BundleError when there is none of that id."""
+    return opened(bundle, identifier).rows()
+
+
+def opened(bundle: Bundle, identifier: str) -> Opened:
+    """A bundle's adapter, nothing of it read yet; BundleError when there is none of that id."""
     index = [adapter.id for adapter in bundle.manifest.adapters].index(bundle.adapter(identifier).id)
     spec, label = bundle.manifest.adapters[index], f"adapters/{identifier}"
     directory = bundle.adapter_dir(identifier)
@@ -52,11 +58,11 @@ def load_adapter(bundle: Bundle, identifier: str) -> Adapter:
     config = adapter_format.read_config(directory, label)
     branches = adapter_format.declared_branches(spec.branches, config, linears, f"adapters[{index}]", label)
     tensors = adapter_format.open_weights(directory, label)
-    return _assemble(identifier, spec.base_fingerprint, branches, tensors, linears)
+    return Opened(identifier, spec.base_fingerprint, branches, tensors, linears, bundle.bases)
 
 
-def load_adapter_dir(path: Path, linears: Linears) -> Adapter:
-    """The rows of an adapter directory, its id being the directory's name.
+def open_adapter_dir(path: Path, linears: Linears) -> Opened:
+    """An adapter directory, checked, its id being the directory's name.
 
     Inside a bundle that lists it, the bundle says branches and fingerprint. Else it is plain PEFT, with
     CA-LoRA's lora_a1 / lora_a2 as recovery, and the fingerprint is None. `linears`: the base's, as (out, in).
@@ -68,6 +74,7 @@ def load_adapter_dir(path: Path, linears: Linears) -> Adapter:
     tensors = adapter_format.open_weights(path, label)
     fingerprint = None
     branches = None
+    bases: Bases = {}
     bundle = path.resolve().parent.parent
     if (bundle / FILE).is_file():
         for index, spec in enumerate(read_manifest(bundle).adapters):
@@ -75,10 +82,68 @@ def load_adapter_dir(path: Path, linears: Linears) -> Adapter:
                 fingerprint = spec.base_fingerprint
                 key = f"adapters[{index}]"
                 branches = adapter_format.declared_branches(spec.branches, config, linears, key, label)
+                named = sorted({branch.basis for branch in branches if branch.basis is not None})
+                bases = {name: adapter_format.open_basis(bundle, name) for name in named}
     if branches is None:
         branches = adapter_format.stored_branches(tensors, config)
-    adapter_format.check_tensors(tensors, branches, linears)
-    return _assemble(identifier, fingerprint, branches, tensors, linears)
+    adapter_format.check_tensors(tensors, branches, linears, bases)
+    return Opened(identifier, fingerprint, branches, tensors, linears, bases)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter's files, its branches by site, and what it shares with other adapters."""
+
+    id: str
+    fingerprint: str | None
+    branches: Sequence[SiteBranch]
+    tensors: TensorIndex
+    linears: Linears
+    bases: Bases
+
+    def matrices(self, branch: SiteBranch) -> tuple[np.ndarray, np.ndarray]:
+        """down fp32 [r, in] and up fp32 [out, r] of a branch, its scale not in them."""
+        if branch.basis is None:
+            return self.tensors.float32(branch.down), self.tensors.float32(branch.up)
+        basis, core = self.bases[branch.basis], self.tensors.float32(branch.core)
+        up = basis.float32(f"{branch.site}.up")
+        return basis.float32(f"{branch.site}.down"), up * core if core.ndim == 1 else up @ core
+
+    @property
+    def rank(self) -> int:
+        """Rows at a site: of the most that any has of each kind."""
+        return self._rows_of("identity") + self._rows_of("gelu")
+
+    def _rows_of(self, act: str) -> int:
+        sites = self._by_site().values()
+        return max((sum(branch.r for branch in own if branch.act == act) for own in sites), default=0)
+
+    def _by_site(self) -> dict[str, list[SiteBranch]]:
+        by_site: dict[str, list[SiteBranch]] = {}
+        for branch in self.branches:
+            by_site.setdefault(branch.site, []).append(branch)
+        return by_site
+
+    def rows(self) -> Adapter:
+        """Identity rows first, then GELU rows; a site with fewer rows of a kind is padded with zeros."""
+        by_site, rank = self._by_site(), self.rank
+        identity = self._rows_of("identity")
+        sites: dict[str, SiteRows] = {}
+        for site, own in by_site.items():
+            rows = _zeros(self.linears[site], rank)
+            start = {"identity": 0, "gelu": identity}
+            for branch in own:
+                at = slice(start[branch.act], start[branch.act] + branch.r)
+                rows.down[at], up = self.matrices(branch)
+                rows.up[:, at] = up * np.float32(branch.scale)
+                start[branch.act] = at.stop
+            sites[site] = rows
+        return Adapter(self.id, self.fingerprint, rank, np.arange(rank) >= identity, sites)
+
+
+def load_adapter_dir(path: Path, linears: Linears) -> Adapter:
+    """The rows of `open_adapter_dir`."""
+    return open_adapter_dir(path, linears).rows()
 
 
 def mix(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -111,36 +176,6 @@ def _common_fingerprint(adapters: Sequence[Adapter]) -> str | None:
         (first, first_id), (second, second_id) = list(known.items())[:2]
         raise FingerprintError(mismatch(second_id, "base_fingerprint", f"{first} as {first_id} has", second))
     return next(iter(known), None)
-
-
-def _assemble(
-    identifier: str,
-    fingerprint: str | None,
-    branches: Sequence[SiteBranch],
-    tensors: TensorIndex,
-    linears: Linears,
-) -> Adapter:
-    """Identity rows first, then GELU rows; a site with fewer rows of a kind is padded with zeros."""
-    by_site: dict[str, list[SiteBranch]] = {}
-    for branch in branches:
-        by_site.setdefault(branch.site, []).append(branch)
-    identity = max((_rows_of(site, "identity") for site in by_site.values()), default=0)
-    rank = identity + max((_rows_of(site, "gelu") for site in by_site.values()), default=0)
-    sites: dict[str, SiteRows] = {}
-    for site, own in by_site.items():
-        rows = _zeros(linears[site], rank)
-        start = {"identity": 0, "gelu": identity}
-        for branch in own:
-            at = slice(start[branch.act], start[branch.act] + branch.r)
-            rows.down[at] = tensors.float32(branch.down)
-            rows.up[:, at] = tensors.float32(branch.up) * np.float32(branch.scale)
-            start[branch.act] = at.stop
-        sites[site] = rows
-    return Adapter(identifier, fingerprint, rank, np.arange(rank) >= identity, sites)
-
-
-def _rows_of(branches: Sequence[SiteBranch], act: str) -> int:
-    return sum(branch.r for branch in branches if branch.act == act)
 
 
 def _zeros(shape: tuple[int, int], rank: int) -> SiteRows:

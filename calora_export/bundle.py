@@ -130,6 +130,12 @@ class Bundle:
         known = ", ".join(adapter.id for adapter in self.manifest.adapters) or "none, the bundle has no adapters"
         raise wrong("adapters", f"one of {known}", identifier)
 
+    @cached_property
+    def bases(self) -> dict[str, TensorIndex]:
+        """What adapters share, by the name of the basis."""
+        named = {branch.basis for adapter in self.manifest.adapters for branch in adapter.branches}
+        return {name: adapter_format.open_basis(self.path, name) for name in sorted(filter(None, named))}
+
     def adapter_dir(self, identifier: str) -> Path:
         """adapters/<id>, where the adapter's files are."""
         return self.path / "adapters" / self.adapter(identifier).id
@@ -239,7 +245,7 @@ def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:
     linears = bundle.adaptable
     config = adapter_format.read_config(directory, label)
     branches = adapter_format.declared_branches(adapter.branches, config, linears, key, label)
-    adapter_format.check_tensors(adapter_format.open_weights(directory, label), branches, linears)
+    adapter_format.check_tensors(adapter_format.open_weights(directory, label), branches, linears, bundle.bases)
 
 
 def _check_router(directory: Path, router: RouterSpec) -> None:

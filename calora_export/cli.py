@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from calora_export.generation import Chat
     from calora_export.inspection import BundleView, CoremlView, PackageView
     from calora_export.neural_engine import Finding
+    from calora_export.package import JointBasis
     from calora_export.pipeline import Progress
     from calora_export.report import Latency, Report
     from calora_export.runtimes import Mix
@@ -139,7 +140,7 @@ def export(
         for line in fitness.check(device, out_dir) if device is not None else ():
             err.print(f"note: {line}", markup=False)
         size = sum(entry.size for entry in package.manifest.files.values())
-        changed = package.manifest.represented
+        changed, joint = package.manifest.represented, package.manifest.joint_basis
         if json:
             emit(
                 {
@@ -148,6 +149,7 @@ def export(
                     "bytes": size,
                     "represented": changed,
                 }
+                | ({} if joint is msgspec.UNSET else {"joint_basis": joint})
             )
         else:
             held = f"{len(package.manifest.adapters)} adapters, {megabytes(size)} in all"
@@ -159,6 +161,8 @@ def export(
                     f"(worst: {worst.module}, {worst.stored} held as {worst.held}, {worst.sqnr_db} dB).",
                     markup=False,
                 )
+            if joint is not msgspec.UNSET:
+                show_joint(joint)
 
 
 @app.command("add-adapter")
@@ -359,6 +363,32 @@ def show_bundle(view: BundleView) -> None:
         ]
     )
     show_adapters(view)
+
+
+def show_joint(joint: JointBasis) -> None:
+    """What compressing adapters into a basis saved, and what it cost each of them."""
+    whole = joint.bytes + sum(entry.bytes for entry in joint.adapters)
+    plain = sum(entry.plain_bytes for entry in joint.adapters)
+    worst = max(entry.error for entry in joint.adapters)
+    out.print(
+        f"Joint basis: {len(joint.adapters)} adapters in {megabytes(whole)}, {megabytes(joint.bytes)} of it shared; "
+        f"as plain LoRAs {megabytes(plain)}. Largest error {worst:.3%}.",
+        markup=False,
+    )
+    if joint.kept:
+        out.print(f"Left as they are, since they are not linear: {', '.join(joint.kept)}.", markup=False)
+    out.print()
+    show_rows(
+        [
+            {
+                "adapter": entry.id,
+                "error": f"{entry.error:.3%}",
+                "bytes": f"{entry.bytes:,}",
+                "as plain LoRA": f"{entry.plain_bytes:,}",
+            }
+            for entry in joint.adapters
+        ]
+    )
 
 
 def show_package(view: PackageView) -> None:

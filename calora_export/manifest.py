@@ -31,7 +31,8 @@ _SELECT_PARAMETER = {"top_p": "p", "top_k": "k", "threshold": "threshold", "all"
 class Branch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One pair of matrices per site, y += scale · up(act(down x)), with down [r, in] and up [out, r].
 
-    What is `tied` is one tensor for all sites: the file holds it at the first of them.
+    What is `tied` is one tensor for all sites: the file holds it at the first of them. `basis`: down [r, in] and up
+    [out, c] lie in shared/<basis>, for all adapters, and the file holds a core [c, r] or its diagonal between them.
     """
 
     role: Literal["lora", "recovery", "expert"]
@@ -41,6 +42,7 @@ class Branch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     scale: Positive
     act: Literal["identity", "gelu"]
     tied: tuple[Literal["down", "up"], ...] = ()
+    basis: str | None = None
 
 
 class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,6 +128,7 @@ def read_manifest(bundle: Path) -> Manifest:
     manifest = strict_json.read(bundle / FILE, Manifest, FILE)
     _check_ids("adapters", [adapter.id for adapter in manifest.adapters])
     _check_ids("tasks", [task.id for task in manifest.tasks])
+    _check_bases(manifest.adapters)
     _check_fingerprints(manifest)
     _check_compression(manifest.base)
     _check_class_indices(manifest.adapters)
@@ -164,6 +167,17 @@ def _check_ids(key: str, ids: Iterable[str]) -> None:
         if identifier in seen:
             raise wrong(f"{key}[{index}].id", "an id of its own", f"{identifier} again")
         seen.add(identifier)
+
+
+def _check_bases(adapters: tuple[AdapterSpec, ...]) -> None:
+    for at, adapter in enumerate(adapters):
+        for index, branch in enumerate(adapter.branches):
+            key = f"adapters[{at}].branches[{index}]"
+            if branch.basis is None:
+                continue
+            check_id(branch.basis, FILE, f"{key}.basis")
+            if (branch.role, branch.act, branch.tied) != ("lora", "identity", ()):
+                raise wrong(f"{key}.basis", "a lora branch with act identity, not tied", f"{branch.role}, {branch.act}")
 
 
 def _check_fingerprints(manifest: Manifest) -> None:

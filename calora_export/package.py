@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from calora_export import strict_json
 from calora_export.errors import FingerprintError, PackageError, mismatch
@@ -68,7 +68,8 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One adapter file. stated: its trainer said which base it is for; else that was assumed when it was added."""
+    """One adapter file. stated: its trainer said which base it is for; else that was assumed when it was added.
+    shared: the file of what it shares with other adapters (`factors`)."""
 
     id: str
     task: str
@@ -79,6 +80,26 @@ class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
     sites: int
     fingerprint: str
     stated: bool = True
+    shared: str | UnsetType = UNSET
+
+
+class JointAdapter(Struct, frozen=True, forbid_unknown_fields=True):
+    """error: ‖ΔW − U Σ Vᵀ‖ / ‖ΔW‖ over all sites. bytes: of its file; plain_bytes: of its rows as plain LoRA."""
+
+    id: str
+    error: float
+    bytes: int
+    plain_bytes: int
+
+
+class JointBasis(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a recipe's joint_basis did. bytes: of the shared file; kept: adapters that are not linear, left as they
+    are."""
+
+    file: str
+    bytes: int
+    adapters: tuple[JointAdapter, ...]
+    kept: tuple[str, ...]
 
 
 class Represented(Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,11 +172,12 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     tokenizer: str
     files: dict[str, FileEntry]
     versions: dict[str, str]
+    joint_basis: JointBasis | UnsetType = UNSET
 
     @property
     def quantised(self) -> bool:
-        """Whether the recipe quantised weights that the bundle holds as floats."""
-        return any(entry.stored == "float" for entry in self.represented)
+        """Whether the recipe quantised weights, or compressed adapters, that the bundle holds as floats."""
+        return self.joint_basis is not UNSET or any(entry.stored == "float" for entry in self.represented)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
-from calora_export import adapter_format, devices, fitness, profiles, runtimes, targets, tokens
+from calora_export import adapter_format, devices, factors, fitness, joint_basis, profiles, targets, tokens
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import recipe as recipes
 from calora_export import report as reports
-from calora_export.adapters import Adapter
+from calora_export.adapters import Opened
 from calora_export.bundle import Bundle
+from calora_export.encoding import AdapterSource, Encoder
 from calora_export.errors import CaloraError, FingerprintError, PackageError, mismatch
 from calora_export.manifest import check_id
-from calora_export.package import AdapterEntry, Manifest, ModelInfo, Package, RouterEntry, Slots
+from calora_export.package import AdapterEntry, JointBasis, Manifest, ModelInfo, Package, RouterEntry, Slots
 from calora_export.recipe import Recipe
 from calora_export.report import Report
 from calora_export.sites import expand_sites, natural_key
@@ -74,7 +77,8 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
         expected = "adapters that are files"
         raise PackageError(mismatch(packages.FILE, "settings.adapter_inputs", expected, "functions", hint))
     _require_slots(adapter_path, manifest.slots)
-    adapter = rows.load_adapter_dir(adapter_path, manifest.slots.linears())
+    opened = rows.open_adapter_dir(adapter_path, manifest.slots.linears())
+    adapter = opened.rows()
     check_id(adapter.id, str(adapter_path), "id")
     if adapter.id in {entry.id for entry in manifest.adapters}:
         raise PackageError(mismatch(packages.FILE, "adapters", "an id of its own", f"{adapter.id} again"))
@@ -82,15 +86,12 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
         package.require_fingerprint(str(adapter_path), adapter.fingerprint)
     index = max((entry.class_index for entry in manifest.adapters), default=-1) + 1
     try:
-        entry = _encode(
-            adapter,
-            adapter.id,
-            index,
-            manifest.slots,
-            package.path,
-            manifest.target,
-            manifest.base_fingerprint,
-        )
+        encoder = Encoder(package.path, manifest.target, manifest.slots, manifest.base_fingerprint)
+        factored = factors.of(opened, _shared_already(opened, package))
+        if factored is None:
+            entry = encoder.rows(adapter, adapter.id, index)
+        else:
+            entry = encoder.factors(factored, adapter, adapter.id, index)
         files = {**manifest.files, entry.file: packages.hash_file(package.path / entry.file)}
         packages.write_manifest(
             package.path, msgspec.structs.replace(manifest, adapters=(*manifest.adapters, entry), files=files)
@@ -100,14 +101,24 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
     return entry
 
 
+def _shared_already(opened: Opened, package: Package) -> str | None:
+    """The package's file of what the adapter shares with others, if it is the very same; else it needs rows."""
+    for name, basis in opened.bases.items():
+        entry = package.manifest.files.get(file := factors.basis_file(name))
+        data = factors.basis_bytes(basis.all_float32(), package.manifest.slots.dtype)
+        if entry is not None and entry.sha256 == hashlib.sha256(data).hexdigest():
+            return file
+    return None
+
+
 def _require_slots(adapter_path: Path, slots: Slots) -> None:
     """Slots were placed at export, where its adapters have rows: another adapter may need others."""
     if not (adapter_path / adapter_format.WEIGHTS).is_file():
         return  # load_adapter_dir says what is missing
     label = str(adapter_path)
-    config = adapter_format.read_config(adapter_path, label)
-    branches = adapter_format.stored_branches(adapter_format.open_weights(adapter_path, label), config)
-    if unknown := sorted({branch.site for branch in branches} - set(slots.linears()), key=natural_key):
+    adapter_format.read_config(adapter_path, label)
+    sites = adapter_format.sites_of(adapter_format.open_weights(adapter_path, label))
+    if unknown := sorted(sites - set(slots.linears()), key=natural_key):
         hint = "export again from a bundle with such an adapter"
         raise PackageError(mismatch(adapter_path, unknown[0], "a site with a slot in this package", "none", hint))
 
@@ -168,12 +179,15 @@ class _Export:
         context, activations = self.recipe.context, self.recipe.activations
         composed = model.compose(self.bundle, weights, context=context, activations=activations)
         progress("tracing the graph")
-        specs = self.bundle.manifest.adapters
+        specs, columns = self.bundle.manifest.adapters, self.recipe.joint_basis
         recovery = any(branch.act == "gelu" for spec in specs for branch in spec.branches)
         last_only = self.recipe.logits == "last"
         traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
+        if columns is not UNSET:
+            progress("compressing adapters")
+        source = AdapterSource(self.bundle, None if columns is UNSET else joint_basis.compress(self.bundle, columns))
         if self.recipe.adapter_inputs == "functions":
-            baked = {spec.id: model.Rows.of(self._adapter(spec.id)) for spec in specs}
+            baked = {spec.id: model.Rows.of(source.rows(spec.id)) for spec in specs}
             traced = dataclasses.replace(traced, adapters=baked)
         progress("lowering")
         fingerprint = self.bundle.manifest.base.fingerprint
@@ -182,32 +196,20 @@ class _Export:
         slots = lowering.lower(traced, self.recipe, self.directory, origin)
         progress("encoding adapters")
         (self.directory / "adapters").mkdir()
-        entries = tuple(  # one at a time: a thousand of them need not fit into memory
-            _encode(
-                self._adapter(spec.id),
-                spec.task,
-                spec.class_index,
-                slots,
-                self.directory,
-                self.recipe.target,
-                fingerprint,
-            )
-            for spec in specs
-        )
+        encoder = Encoder(self.directory, self.recipe.target, slots, fingerprint)
+        entries = tuple(encoder.add(source, spec) for spec in specs)
+        joint = encoder.share(source, entries)
         tokens.copy_tokenizer(self.bundle.path / "base", self.directory / "tokenizer")
         progress("lowering the router")
         router = self._router(lowering)
         progress("computing golden logits")
-        shown = [self._adapter(spec.id) for spec in specs[:GOLDEN_ADAPTERS]]
+        shown = [source.rows(spec.id) for spec in specs[:GOLDEN_ADAPTERS]]
         golden.write(composed, shown, self.bundle, self.directory / "golden")
-        manifest = self._manifest(composed, lowering.MODEL, weights, slots, entries, router)
+        manifest = self._manifest(composed, lowering.MODEL, weights, slots, entries, router, joint)
         lowering.accompany(manifest, self.directory)
         progress("hashing")
         files = packages.hash_files(self.directory)
         packages.write_manifest(self.directory, msgspec.structs.replace(manifest, files=files))
-
-    def _adapter(self, identifier: str) -> Adapter:
-        return rows.load_adapter(self.bundle, identifier)
 
     def _slots(self, composed: SlotModel) -> tuple[graph.Slot, ...]:
         """A slot for every site that an adapter of the bundle names, in the order in which the model calls them."""
@@ -235,6 +237,7 @@ class _Export:
         slots: Slots,
         entries: tuple[AdapterEntry, ...],
         router: RouterEntry | None,
+        joint: JointBasis | UnsetType,
     ) -> Manifest:
         bos, eos = self.special
         architecture = composed.lm.config.model_type
@@ -269,35 +272,12 @@ class _Export:
             tokenizer="tokenizer/tokenizer.json",
             files={},
             versions=_versions(),
+            joint_basis=joint,
         )
 
 
 def _one_or_each(by_layer: tuple[int, ...]) -> int | tuple[int, ...]:
     return by_layer[0] if len(set(by_layer)) == 1 else by_layer
-
-
-def _encode(
-    adapter: Adapter, task: str, index: int, slots: Slots, directory: Path, target: str, fingerprint: str
-) -> AdapterEntry:
-    runtime = runtimes.load(target)
-    file = f"adapters/{adapter.id}{runtime.suffix()}"
-    temporary = directory / "adapters" / f".{adapter.id}.tmp"
-    try:
-        runtime.encode_adapter(adapter, slots, fingerprint, temporary)
-        temporary.replace(directory / file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return AdapterEntry(
-        id=adapter.id,
-        task=task,
-        class_index=index,
-        file=file,
-        rank=adapter.rank,
-        recovery_rows=int(adapter.recovery.sum()),
-        sites=len(adapter.sites),
-        fingerprint=fingerprint,
-        stated=adapter.fingerprint is not None,
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import msgspec
 import numpy as np
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from calora_export import holding, resources
 from calora_export.compression import DenseWeight, PackedWeight, describe, form, quantize_symmetric, sqnr
@@ -70,7 +70,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     where it has none (browsers), `functions` where each adapter becomes a function of the model (Neural Engine: no
     mixes, none added later). lengths: how many tokens a call may take where a compiler needs to know, 1 among them;
     empty: any up to chunk. kernels: what attention and slots run on in an ExecuTorch app, `llm`: operators of its
-    LLM framework and calora::slot; `portable`: those of the plain SDK.
+    LLM framework and calora::slot; `portable`: those of the plain SDK. joint_basis: compress plain LoRAs into a basis
+    of that many columns per site, which the package holds once (`joint_basis`).
     """
 
     target: str
@@ -86,6 +87,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter_inputs: Literal["optional", "required", "functions"] = "optional"
     lengths: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     kernels: Literal["llm", "portable"] = "llm"
+    joint_basis: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
 
     def rule(self, module: str) -> Rule:
         """The first rule that matches, or an error that names the module."""

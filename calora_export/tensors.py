@@ -113,6 +113,10 @@ class TensorIndex:
             data = bytearray(file.read(info.end - info.start))
         return np.frombuffer(data, _numpy_dtype(info.dtype)).reshape(info.shape).astype(np.float32, copy=False)
 
+    def all_float32(self) -> dict[str, np.ndarray]:
+        """Every tensor, converted."""
+        return {name: self.float32(name) for name in self.tensors}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, headers not counted."""

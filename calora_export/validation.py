@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from msgspec import UNSET
 from tokenizers import Tokenizer
 
 from calora_export import adapters as rows
-from calora_export import devices, golden, latency, measuring, model, parity, report, routers, runtimes
+from calora_export import devices, golden, joint_basis, latency, measuring, model, parity, report, routers, runtimes
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
 from calora_export.errors import CaloraError
@@ -36,19 +37,24 @@ FORGED = "sha256:" + "0" * 64
 
 @dataclass(frozen=True)
 class Reference:
-    """The bundle in torch: `source` as trained, `target` with the changes that the recipe made, if it made any."""
+    """The bundle in torch: `source` as trained, `target` with the changes that the recipe made, if it made any.
+
+    held: adapters that the recipe changed, as the package has them.
+    """
 
     source: SlotModel
     target: SlotModel | None
     adapters: Mapping[str, Adapter]
+    held: Mapping[str, Adapter]
     router: routers.Router | None
     text: RouterText | None
 
     def models(self) -> dict[str, SlotModel]:
         return {"source": self.source} | ({"target": self.target} if self.target is not None else {})
 
-    def mix(self, mix: Mapping[str, float]) -> Rows:
-        parts = [(self.adapters[identifier], gate) for identifier, gate in mix.items()]
+    def mix(self, mix: Mapping[str, float], against: str = "source") -> Rows:
+        known = self.adapters if against == "source" else {**self.adapters, **self.held}
+        parts = [(known[identifier], gate) for identifier, gate in mix.items()]
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
@@ -79,16 +85,21 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
     settings = package.manifest.settings
     source = model.compose(bundle, bundle.weight, context=context)
     target = None
-    if package.manifest.represented or settings.activations != "float":
+    columns = settings.joint_basis
+    if package.manifest.represented or settings.activations != "float" or columns is not UNSET:
         weights = Weights(bundle, settings)
         target = model.compose(bundle, weights, context=context, activations=settings.activations)
     known = {spec.id for spec in bundle.manifest.adapters}
     shipped = [entry.id for entry in package.manifest.adapters if entry.id in known]
     adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in shipped}
+    held = {}
+    if columns is not UNSET:
+        joint = joint_basis.compress(bundle, columns)
+        held = {identifier: joint.rows(rows.opened(bundle, identifier)) for identifier in shipped}
     router = routers.load(bundle) if package.manifest.router else None
     spec = bundle.manifest.router
     text = RouterText(spec, bundle.path / "router" / "tokenizer.json") if spec else None
-    return Reference(source, target, adapters, router, text)
+    return Reference(source, target, adapters, held, router, text)
 
 
 def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundle) -> Reference:
@@ -295,7 +306,7 @@ def _parity(
     for against, torch_model in reference.models().items():
         base: np.ndarray | None = None
         for case in job.cases:
-            expected = golden.reference_logits(torch_model, reference.mix(case.mix), case.ids, case.prefill)
+            expected = golden.reference_logits(torch_model, reference.mix(case.mix, against), case.ids, case.prefill)
             found = trace.logits[case.name]
             base = expected if base is None else base
             effect = parity.effect_ratio(expected, base, found, trace.logits["base"]) if case.mix else None
@@ -357,7 +368,8 @@ def _judge_tasks(
     That is the bundle as trained, unless the recipe quantised it: then the same model, quantised.
     """
     judge = reference.target if quantised and reference.target is not None else reference.source
-    mixes = {adapter: reference.mix({adapter: 1.0}) for adapter in reference.adapters}
+    against = "target" if judge is reference.target else "source"
+    mixes = {adapter: reference.mix({adapter: 1.0}, against) for adapter in reference.adapters}
     tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
     scores: dict[str, list[tuple[bool, bool]]] = {}
     for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):

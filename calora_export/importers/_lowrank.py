@@ -38,6 +38,18 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Core:
+    """What an adapter has between the matrices of a basis: core [c, r], or its diagonal [r]; `scale` is not in it."""
+
+    core: np.ndarray
+    scale: float
+
+    @property
+    def r(self) -> int:
+        return self.core.shape[-1]
+
+
+@dataclass(frozen=True)
 class LowRank:
     """One adapter: pairs by site. `act` is the recovery branch's."""
 
@@ -81,8 +93,29 @@ def write(adapter: LowRank, directory: Path, linears: Mapping[str, tuple[int, in
         tensors[branch.down] = np.ascontiguousarray(pair.down)
         tensors[branch.up] = np.ascontiguousarray(pair.up)
     save_file(tensors, directory / adapter_format.WEIGHTS, {"format": "pt"})
-    text = msgspec.json.format(msgspec.json.encode(_config(branches)), indent=2)
-    (directory / adapter_format.CONFIG).write_bytes(text + b"\n")
+    _write_config(branches, directory)
+    return collapse(branches, linears)
+
+
+def write_basis(basis: Mapping[str, np.ndarray], bundle: Path, name: str) -> None:
+    """What several adapters of a bundle share: <site>.down [r, in] and <site>.up [out, c]."""
+    from safetensors.numpy import save_file
+
+    directory = bundle / adapter_format.SHARED / name
+    directory.mkdir(parents=True)
+    save_file({key: np.ascontiguousarray(array) for key, array in basis.items()}, directory / "basis.safetensors")
+
+
+def write_cores(
+    cores: Mapping[str, Core], basis: str, directory: Path, linears: Mapping[str, tuple[int, int]]
+) -> tuple[Branch, ...]:
+    """An adapter that is cores in a basis, as PEFT's two files; the branches that describe it."""
+    from safetensors.numpy import save_file
+
+    branches = [replace(_branch(site, "lora", core, "identity"), basis=basis) for site, core in cores.items()]
+    tensors = {branch.core: np.ascontiguousarray(cores[branch.site].core) for branch in branches}
+    save_file(tensors, directory / adapter_format.WEIGHTS, {"format": "pt"})
+    _write_config(branches, directory)
     return collapse(branches, linears)
 
 
@@ -90,14 +123,16 @@ def collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, in
     """One branch per distinct role, rank, alpha, scale and activation; LoRA before recovery."""
     groups: dict[tuple[object, ...], list[SiteBranch]] = {}
     for branch in sorted(branches, key=lambda branch: branch.role):
-        key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act, branch.down_at, branch.up_at)
+        tied = (branch.down_at, branch.up_at, branch.basis)
+        key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act, *tied)
         groups.setdefault(key, []).append(branch)
     collapsed: list[Branch] = []
     for members in groups.values():
         first, sites = members[0], collapse_sites([member.site for member in members], linears)
         down: tuple[Literal["down"], ...] = ("down",) if first.down_at else ()
         up: tuple[Literal["up"], ...] = ("up",) if first.up_at else ()
-        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act, (*down, *up)))
+        shared = (*down, *up), first.basis
+        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act, *shared))
     return tuple(collapsed)
 
 
@@ -125,9 +160,14 @@ def _digests(branch: SiteBranch, adapter: LowRank) -> tuple[str, str]:
     )
 
 
-def _branch(site: str, role: Literal["lora", "recovery"], pair: Pair, act: Act) -> SiteBranch:
+def _branch(site: str, role: Literal["lora", "recovery"], pair: Pair | Core, act: Act) -> SiteBranch:
     alpha = pair.scale * pair.r
     return SiteBranch(site, role, pair.r, alpha, alpha / pair.r, act)
+
+
+def _write_config(branches: Sequence[SiteBranch], directory: Path) -> None:
+    text = msgspec.json.format(msgspec.json.encode(_config(branches)), indent=2)
+    (directory / adapter_format.CONFIG).write_bytes(text + b"\n")
 
 
 def _config(branches: Sequence[SiteBranch]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Compress then Serve (arXiv 2407.00066): many LoRAs in one basis; each is materialised as plain LoRA, exactly.
+"""Compress then Serve (arXiv 2407.00066): many LoRAs in one basis, which the bundle has once; each is its cores.
 
     B_i A_i ≈ U Σ_i Vᵀ        U [out, c], V [in, c] shared; Σ_i [c, c], or its diagonal [c], per adapter
 
@@ -16,29 +16,35 @@ import typer
 from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import draft
-from calora_export.importers._lowrank import LowRank, Pair
+from calora_export.importers._lowrank import Core
 from calora_export.importers._options import Base, Checkpoint, Name, Out
 from calora_export.manifest import check_id
 
 Scale = Annotated[float, typer.Option(help="What multiplies U Σ Vᵀ: alpha / r, where B A alone was compressed.")]
 
+BASIS = "joint"
 _SIGMA = ".sigma."
 
 
 def run(base: Base, checkpoint: Checkpoint, out: Out, scale: Scale = 1.0, name: Name = None) -> Imported:
-    """LoRAs in a joint basis U, V with one Σ each: every one becomes a plain LoRA.
+    """LoRAs in a joint basis U, V with one Σ each: the basis is stored once, an adapter is its Σ.
 
     BundleError in one line.
     """
     with draft(base, out, name, "lots") as made:
         state = _checkpoint.read(checkpoint)
         sites = _sites(state)
+        basis: dict[str, np.ndarray] = {}
+        for site in sites:
+            basis |= _basis(state, site, made.linears)
+        _lowrank.write_basis(basis, made.path, BASIS)
         ids = sorted({identifier for found in sites.values() for identifier in found})
         for identifier in ids:
             check_id(identifier, str(checkpoint), "sigma")
             own = [site for site, found in sites.items() if identifier in found]
-            lora = {site: _pair(state, site, identifier, made.linears, scale) for site in own}
-            made.add(identifier, _lowrank.write(LowRank(lora), made.adapter_dir(identifier), made.linears))
+            cores = {site: Core(_sigma(state, site, identifier), scale) for site in own}
+            branches = _lowrank.write_cores(cores, BASIS, made.adapter_dir(identifier), made.linears)
+            made.add(identifier, branches)
     return Imported(out, tuple(ids))
 
 
@@ -59,11 +65,12 @@ def _sites(state: StateDict) -> dict[str, set[str]]:
     return found
 
 
-def _pair(state: StateDict, site: str, identifier: str, linears: Mapping[str, tuple[int, int]], scale: float) -> Pair:
+def _basis(state: StateDict, site: str, linears: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
     rows, columns = state.site_shape(site, linears, f"{site}.U")
     c = (*state.shape(f"{site}.U"), 0, 0)[1]
-    u, v = state.take(f"{site}.U", (rows, c)), state.take(f"{site}.V", (columns, c))
-    key = f"{site}{_SIGMA}{identifier}"
-    diagonal = len(state.shape(key)) == 1
-    sigma = state.take(key, (c,) if diagonal else (c, c))
-    return Pair(np.ascontiguousarray(v.T), u * sigma if diagonal else u @ sigma, scale)
+    return {f"{site}.up": state.take(f"{site}.U", (rows, c)), f"{site}.down": state.take(f"{site}.V", (columns, c)).T}
+
+
+def _sigma(state: StateDict, site: str, identifier: str) -> np.ndarray:
+    key, c = f"{site}{_SIGMA}{identifier}", state.shape(f"{site}.U")[1]
+    return state.take(key, (c,) if len(state.shape(key)) == 1 else (c, c))

@@ -1,8 +1,9 @@
-"""MTL-LoRA (arXiv 2410.09437): one A, a Λ per task, several B that every task mixes; exact as one LoRA per task.
+"""MTL-LoRA (arXiv 2410.09437): one A, a Λ per task, several B that every task mixes: cores in one basis.
 
     ΔW_t = s · Σ_b softmax(w_t / τ)_b · B_b · Λ_t · A        s = alpha / r, times sigmoid(lora_scaler) if there is one
 
-So A' = Λ_t A and B' = Σ_b softmax(w_t / τ)_b B_b. The state dict of the authors' code has, per adapted layer,
+So every task shares A and all B side by side, and has a core [n · r, r] of its own: softmax(w_t / τ)_b Λ_t, one
+below the other. The state dict of the authors' code has, per adapted layer,
 lora_A [1, r, in], lora_lambdas [tasks, r, r] or [tasks, r], lora_B [n, out, r] and lora_B_w [tasks, n].
 """
 
@@ -18,7 +19,7 @@ import typer
 from calora_export.importers import Imported, _checkpoint, _encoders, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import draft
-from calora_export.importers._lowrank import LowRank, Pair
+from calora_export.importers._lowrank import Core
 from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out, Tasks, task_names
 from calora_export.manifest import RouterSpec
 from calora_export.router_config import TableConfig
@@ -27,6 +28,7 @@ Temperature = Annotated[
     float, typer.Option(min=0.0, help="B_scale as trained: what divides lora_B_w.", show_default=False)
 ]
 
+BASIS = "tasks"
 MARKER = ".lora_"
 _PARTS = {"A", "lambdas", "B", "B_w"}
 
@@ -49,9 +51,11 @@ def run(
         state = _checkpoint.read(checkpoint, "module.")
         found = state.sites(MARKER)
         layers = {site: _layer(state, site, parts, made.linears, len(names)) for site, parts in found.items()}
+        basis = {f"{site}.{name}": matrix for site, layer in layers.items() for name, matrix in layer.basis.items()}
+        _lowrank.write_basis(basis, made.path, BASIS)
         for index, task in enumerate(names):
-            lora = {site: layer.task(index, alpha, temperature) for site, layer in layers.items()}
-            made.add(task, _lowrank.write(LowRank(lora), made.adapter_dir(task), made.linears))
+            cores = {site: layer.task(index, alpha, temperature) for site, layer in layers.items()}
+            made.add(task, _lowrank.write_cores(cores, BASIS, made.adapter_dir(task), made.linears))
         gates = np.eye(len(names), dtype=np.float32)
         config = TableConfig("table", len(names), len(names))
         _encoders.write(made.path / "router", config, {"gates": gates}, _encoders.task_tokenizer(names))
@@ -69,12 +73,17 @@ class _Layer:
     weights: np.ndarray
     factor: float
 
-    def task(self, index: int, alpha: float, temperature: float) -> Pair:
+    @property
+    def basis(self) -> dict[str, np.ndarray]:
+        """down [r, in], up [out, n · r]"""
+        return {"down": self.a, "up": np.concatenate(list(self.b), axis=1)}
+
+    def task(self, index: int, alpha: float, temperature: float) -> Core:
         scores = self.weights[index] / temperature
         mixture = np.exp(scores - scores.max())
         mixture /= mixture.sum()
-        up = np.tensordot(mixture.astype(np.float32), self.b, axes=1)
-        return Pair(self.lambdas[index] @ self.a, up, alpha / self.a.shape[0] * self.factor)
+        core = np.kron(mixture.astype(np.float32)[:, None], self.lambdas[index])
+        return Core(core, alpha / self.a.shape[0] * self.factor)
 
 
 def _layer(state: StateDict, site: str, parts: set[str], linears: Mapping[str, tuple[int, int]], tasks: int) -> _Layer:

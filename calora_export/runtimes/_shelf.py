@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from calora_export import factors
+from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, mismatch
 from calora_export.package import Package, Slots
 
@@ -15,11 +17,18 @@ Rows = TypeVar("Rows")
 
 
 class Shelf(Generic[Rows]):
-    """read(path, slots) gives what a file holds, and the fingerprint of the base that it says it is for."""
+    """read(path, slots) gives what a file holds, and the fingerprint of the base that it says it is for; lay(adapter,
+    slots) makes the same of rows."""
 
-    def __init__(self, package: Package, read: Callable[[Path, Slots], tuple[Rows, str]]) -> None:
-        self._package, self._read = package, read
+    def __init__(
+        self,
+        package: Package,
+        read: Callable[[Path, Slots], tuple[Rows, str]],
+        lay: Callable[[Adapter, Slots], Rows],
+    ) -> None:
+        self._package, self._read, self._lay = package, read, lay
         self._found: dict[str, Rows] = {}
+        self._bases: dict[str, Mapping[str, Any]] = {}
 
     def __getitem__(self, identifier: str) -> Rows:
         if identifier not in self._found:
@@ -28,9 +37,29 @@ class Shelf(Generic[Rows]):
 
     def admit(self, path: Path) -> Rows:
         """Refuse what was not made for this base and these slots: the file itself says what it is."""
+        if path.suffix == factors.SUFFIX:
+            return self._multiplied(path)
         rows, fingerprint = self._read(path, self._package.manifest.slots)
         self._package.require_fingerprint(path.name, fingerprint)
         return rows
+
+    def _multiplied(self, path: Path) -> Rows:
+        """An adapter file that holds cores: rows are made of them and of what the package shares, once."""
+        slots = self._package.manifest.slots
+        adapter, fingerprint = factors.read(path, slots.fingerprint)
+        self._package.require_fingerprint(path.name, fingerprint)
+        basis = self._basis(adapter.layout.basis, path.name)
+        factors.check(adapter, basis, slots.linears(), path.name)
+        return self._lay(adapter.rows(basis), slots)
+
+    def _basis(self, name: str | None, file: str) -> Mapping[str, Any]:
+        if name is None:
+            return {}
+        if name not in self._bases:
+            if name not in self._package.manifest.files:
+                raise PackageError(mismatch(file, "basis", "a file of this package", name))
+            self._bases[name] = factors.read_tensors(self._package.path / name)[0]
+        return self._bases[name]
 
 
 def read_safetensors(path: Path, slots: Slots, framework: str) -> tuple[dict[str, Any], str]:

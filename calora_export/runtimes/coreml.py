@@ -37,14 +37,23 @@ def suffix() -> str:
 
 def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
     """Write `rows` [sites' features, R] and `recovery` [R]. The same adapter gives the same bytes."""
+    path.write_bytes(save(_arrays(adapter, slots), metadata={slots.fingerprint: fingerprint}))
+
+
+def lay(adapter: Adapter, slots: Slots) -> Rows:
+    """What a file of the adapter would hold."""
+    arrays = _arrays(adapter, slots)
+    return Rows(arrays["rows"], np.ones(adapter.rank, HALF), arrays["recovery"])
+
+
+def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     matrices = []
     for group in slots.groups():
         found = [(slot, adapter.sites.get(slot.site)) for slot in group]
         matrices += [np.zeros((slot.inputs, adapter.rank)) if rows is None else rows.down.T for slot, rows in found]
         matrices += [np.zeros((slot.outputs, adapter.rank)) if rows is None else rows.up for slot, rows in found]
     rows = np.concatenate([np.zeros((0, adapter.rank)), *matrices]).astype(HALF)
-    arrays = {"rows": rows, "recovery": adapter.recovery.astype(HALF)}
-    path.write_bytes(save(arrays, metadata={slots.fingerprint: fingerprint}))
+    return {"rows": rows, "recovery": adapter.recovery.astype(HALF)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class CoremlSession:
 
     def __init__(self, package: Package, engines: Engines) -> None:
         self._package, self._manifest, self._engines = package, package.manifest, engines
-        self._shelf = Shelf(package, read_adapter)
+        self._shelf = Shelf(package, read_adapter, lay)
         self._functions: dict[str, Engine] = {}
         self._router: Engine | None = None
         self._length = 0

@@ -53,6 +53,16 @@ def suffix() -> str:
 
 def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path) -> None:
     """Write `rows` [R · width] and `recovery` [R]. The same adapter gives the same bytes."""
+    path.write_bytes(save(_arrays(adapter, slots), metadata={slots.fingerprint: fingerprint}))
+
+
+def lay(adapter: Adapter, slots: Slots) -> Rows:
+    """What a file of the adapter would hold."""
+    arrays = {name: torch.from_numpy(array) for name, array in _arrays(adapter, slots).items()}
+    return Rows(arrays["rows"], torch.ones(adapter.rank), arrays["recovery"])
+
+
+def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     matrices = []
     for group in slots.groups():
         found = [(slot, adapter.sites.get(slot.site)) for slot in group]
@@ -60,8 +70,7 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
         matrices += [np.zeros((adapter.rank, slot.outputs)) if rows is None else rows.up.T for slot, rows in found]
     dtype = STORED[slots.dtype]
     rows = np.concatenate([np.ravel(matrix).astype(dtype) for matrix in matrices] or [np.zeros(0, dtype)])
-    arrays = {"rows": rows, "recovery": adapter.recovery.astype(np.float32)}
-    path.write_bytes(save(arrays, metadata={slots.fingerprint: fingerprint}))
+    return {"rows": rows, "recovery": adapter.recovery.astype(np.float32)}
 
 
 def _shapes(slots: Slots, rank: int) -> list[tuple[int, int]]:
@@ -136,7 +145,7 @@ class ExecutorchSession:
         self._package, self._manifest = package, package.manifest
         self._model = _open(package.path / self._manifest.model.file, METHOD)
         self._router: Method | None = None
-        self._shelf = Shelf(package, read_adapter)
+        self._shelf = Shelf(package, read_adapter, lay)
         self._length = 0
         self._mix: dict[str, float] = {}
         self.select({})

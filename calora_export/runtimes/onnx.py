@@ -139,7 +139,7 @@ class OnnxSession:
         self._package, self._manifest, self._threads = package, package.manifest, threads
         self._model = _open(package.path / self._manifest.model.file, threads)
         self._router: ort.InferenceSession | None = None
-        self._shelf = Shelf(package, read_adapter)
+        self._shelf = Shelf(package, read_adapter, lambda adapter, slots: Tensors.of(arrange(adapter, slots)))
         self._cache = _Cache(self._manifest.model)
         self._mix: dict[str, float] = {}
         self.select({})

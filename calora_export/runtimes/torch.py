@@ -51,6 +51,11 @@ def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     return arrays
 
 
+def lay(adapter: Adapter, slots: Slots) -> Mapping[str, Tensor]:
+    """What a file of the adapter would hold."""
+    return {name: torch.from_numpy(array) for name, array in arrange(adapter, slots).items()}
+
+
 def read_adapter(path: Path, slots: Slots) -> tuple[Mapping[str, Tensor], str]:
     """The tensors of an adapter file, mapped, in the type and for one rank of the slots; its base's fingerprint."""
     tensors, fingerprint = read_safetensors(path, slots, "pt")
@@ -104,7 +109,7 @@ class TorchSession:
         self._package, self._manifest = package, package.manifest
         self._model = program.read(package.path / self._manifest.model.file)
         self._router: program.Program | None = None
-        self._shelf = Shelf(package, read_adapter)
+        self._shelf: Shelf[Mapping[str, Tensor]] = Shelf(package, read_adapter, lay)
         self._cache: list[Tensor] = []
         self._mix: dict[str, float] = {}
         self.select({})
