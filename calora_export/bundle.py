@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from calora_export import adapter_format, layouts, router_config, strict_json
+from calora_export import adapter_format, layouts, moefied, router_config, strict_json
 from calora_export.compression import DenseWeight, PackedWeight, WeightFormat
 from calora_export.errors import BundleError, FingerprintError, mismatch
 from calora_export.layouts import Checkpoint
@@ -28,6 +28,7 @@ from calora_export.manifest import (
     write_manifest,
     wrong,
 )
+from calora_export.moefied import Experts
 from calora_export.router_config import EncoderConfig, TableConfig
 from calora_export.sites import collapse_sites, expand_sites
 from calora_export.tensors import FLOATS, TensorIndex
@@ -113,6 +114,16 @@ class Bundle:
         steps = [step for step in self.manifest.base.compression if step.pattern == "structured"]
         return frozenset(site for step in steps for site in expand_sites(step.sites, self.weights.formats))
 
+    @cached_property
+    def _top_k(self) -> dict[str, int]:
+        steps = [(step.top_k, step) for step in self.manifest.base.compression if step.top_k is not None]
+        return {site: top_k for top_k, step in steps for site in expand_sites(step.sites, self.weights.formats)}
+
+    def experts(self, module: str) -> Experts | None:
+        """The experts among a layer's neurons, None where it was not MoEfied."""
+        top_k = self._top_k.get(module)
+        return None if top_k is None else moefied.read(self.base, module, self.linears[module], top_k)
+
     def weight(self, module: str) -> DenseWeight | PackedWeight:
         """The weight of a module as it is stored."""
         return self.weights.read(module)
@@ -155,6 +166,7 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
     manifest = read_manifest(path)
     bundle = Bundle(path, manifest, *open_base(path / "base", "base"))
     _check_compression(manifest, bundle.weights.formats)
+    _check_experts(bundle)
     for index, adapter in enumerate(manifest.adapters):
         _check_adapter(bundle, adapter, f"adapters[{index}]")
     if manifest.router is not None:
@@ -217,12 +229,12 @@ def _is_embedding(name: str, stored: WeightFormat, config: BaseConfig) -> bool:
 
 
 def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> None:
-    """Every step but pruning must describe what is stored, and everything stored packed must be described."""
+    """Every step that packs must describe what is stored, and everything stored packed must be described."""
     described: set[str] = set()
     for index, step in enumerate(manifest.base.compression):
         key = f"base.compression[{index}]"
         sites = expand_sites(step.sites, formats, FILE, f"{key}.sites")
-        if step.scheme == "prune":
+        if step.scheme in ("prune", "moefy"):
             continue
         for site in sites:
             stored = formats[site]
@@ -238,6 +250,13 @@ def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> 
     for name, stored in formats.items():
         if stored.bits is not None and name not in described:
             raise wrong("base.compression", f"an {stored.scheme} step with {name}, which is stored packed", "none")
+
+
+def _check_experts(bundle: Bundle) -> None:
+    """Every MoEfied layer has its experts, and nothing else has any."""
+    declared = {site for site in bundle.linears if bundle.experts(site) is not None}
+    if extra := sorted(set(moefied.sites(bundle.base)) - declared):
+        raise wrong("base.compression", f"a moefy step with {extra[0]}, which has experts", "none")
 
 
 def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:

@@ -24,7 +24,7 @@ Sites = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _INT = ("group_size", "symmetric")
-_STEP_PARAMETERS = {"prune": ("pattern",), "int4": _INT, "int8": _INT, "nf4": ("group_size",)}
+_STEP_PARAMETERS = {"prune": ("pattern",), "moefy": ("top_k",), "int4": _INT, "int8": _INT, "nf4": ("group_size",)}
 _SELECT_PARAMETER = {"top_p": "p", "top_k": "k", "threshold": "threshold", "all": None}
 
 
@@ -58,14 +58,15 @@ class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
 class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Done to the base: int4, int8, nf4 with columns per scale (None: one per row), ints with zero points unless
     they are symmetric; prune with a pattern: `structured` took whole heads and neurons, so that widths are not those
-    of config.json but those of the tensors.
+    of config.json but those of the tensors; moefy made experts of a layer's neurons, top_k of which compute.
     """
 
-    scheme: Literal["prune", "int4", "int8", "nf4"]
+    scheme: Literal["prune", "moefy", "int4", "int8", "nf4"]
     sites: Sites
     group_size: Count | None = None
     symmetric: bool | None = None
     pattern: Literal["2:4", "unstructured", "structured"] | None = None
+    top_k: Count | None = None
 
 
 class BaseSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,7 +192,12 @@ def _check_fingerprints(manifest: Manifest) -> None:
 def _check_compression(base: BaseSpec) -> None:
     for index, step in enumerate(base.compression):
         key, needed = f"base.compression[{index}]", _STEP_PARAMETERS[step.scheme]
-        values = {"group_size": step.group_size, "symmetric": step.symmetric, "pattern": step.pattern}
+        values = {
+            "group_size": step.group_size,
+            "symmetric": step.symmetric,
+            "pattern": step.pattern,
+            "top_k": step.top_k,
+        }
         for name, value in values.items():
             if value is not None and name not in needed:
                 raise wrong(f"{key}.{name}", f"only {' and '.join(needed)} with {step.scheme}", f"{value}")

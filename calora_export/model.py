@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calora_export import ops, quiet
+from calora_export import moefied, ops, quiet
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle, read_base_config
 from calora_export.compression import DenseWeight, PackedWeight
 from calora_export.errors import BundleError, UnsupportedError, mismatch
+from calora_export.moefied import Experts
 from calora_export.recipe import Activations
 
 with quiet.libraries():  # it imports every quantiser that is installed, and these talk
@@ -104,16 +105,25 @@ def _tensor(array: np.ndarray) -> Tensor:
 class Linear(nn.Module):
     """Stands where the library's nn.Linear stood: weight [out, in] dense or packed, bias [out] or empty."""
 
-    def __init__(self, site: str, held: Held, bias: Tensor, current: _Current) -> None:
+    def __init__(self, site: str, held: Held, bias: Tensor, current: _Current, experts: Experts | None = None) -> None:
         super().__init__()
         self.site = site
         self.out_features, self.in_features = held.weight.shape
         held.register(self)
         self.register_buffer("bias", bias)
+        self.top_k = 0 if experts is None else experts.top_k
+        for part in moefied.PARTS if experts is not None else ():
+            self.register_buffer(part, _tensor(getattr(experts, part)))
         self.group = Group((self,), current, "float")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.output(x, self.site)
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Which neurons compute, where the layer was MoEfied."""
+        if not self.top_k:
+            return None
+        return ops.experts(x, *(self.get_buffer(part) for part in ("hidden", "scores", "labels")), self.top_k)
 
 
 class Group:
@@ -158,6 +168,7 @@ class Group:
             each("zero"),
             each("codebook"),
             each("order"),
+            [member.mask(x) for member in self.members],
         )
 
 
@@ -417,7 +428,7 @@ def _replace_weights(
                 bias = torch.from_numpy(np.array(bundle.base.float32(f"{name}.bias")))
                 if len(bias) != found[0]:
                     raise BundleError(mismatch("base/", f"{name}.bias", found[:1], list(bias.shape)))
-            linears[name] = Linear(name, held, bias, current)
+            linears[name] = Linear(name, held, bias, current, bundle.experts(name))
             lm.set_submodule(name, linears[name])
     for name, param in list(lm.named_parameters()):
         if param.is_meta and name in bundle.base.names():

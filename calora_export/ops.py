@@ -3,6 +3,7 @@
 A target lowers each of these to what its runtime does best. Everything else in a graph is plain ATen.
 
     linears    a group of linear layers that share an input, with their slots
+    experts    which neurons of a MoEfied layer compute (arXiv 2110.01786)
     embedding  a table, dense or packed
     rms_norm   root mean square norm (arXiv 1910.07467)
     attention  rotary embedding, KV cache and grouped-query attention (arXiv 2305.13245) in one
@@ -83,22 +84,25 @@ def linears(
     zeros: list[Tensor | None],
     codebooks: list[Tensor | None],
     orders: list[Tensor | None],
+    masks: list[Tensor | None],
 ) -> list[Tensor]:
-    """y_i = base_i(x) + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
+    """y_i = base_i(x) ⊙ mask_i + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
 
     x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
     linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x. zeros[i], codebooks[i] as
-    in `dequantize`; orders[i] int64 [in]: which feature of x each column of weights[i] is for.
+    in `dequantize`; orders[i] int64 [in]: which feature of x each column of weights[i] is for. masks[i] [..., out_i] of
+    `experts`, or None: an adapter adds to neurons that do not compute, too.
     Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
     """
     ys = []
-    forms = zip(weights, scales, biases, zeros, codebooks, orders, strict=True)
-    for weight, scale, bias, zero, codebook, order in forms:
+    forms = zip(weights, scales, biases, zeros, codebooks, orders, masks, strict=True)
+    for weight, scale, bias, zero, codebook, order, mask in forms:
         seen = x if order is None else x[..., order]
         if scale.numel() and codebook is None:  # kernels that look values up read x as it is
             seen = round_activations(seen, activations, x.shape[-1] // scale.shape[1])
         y = torch.cat([F.linear(seen, rows) for rows in _row_blocks(weight, scale, zero, codebook)], dim=-1)
-        ys.append(y + bias if bias.numel() else y)
+        y = y + bias if bias.numel() else y
+        ys.append(y if mask is None else y * mask)
     for index, down, up in zip(slotted, downs, ups, strict=True):
         rows = F.linear(x, down)
         rows = torch.where(recovery, F.gelu(rows), rows) * gate
@@ -107,8 +111,26 @@ def linears(
 
 
 @linears.register_fake
-def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activations, zeros, codebooks, orders):
+def _(x, weights, scales, biases, slotted, downs, ups, gate, recovery, activations, zeros, codebooks, orders, masks):
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+@torch.library.custom_op("calora::experts", mutates_args=())
+def experts(x: Tensor, hidden: Tensor, scores: Tensor, labels: Tensor, top_k: int) -> Tensor:
+    """1 for the neurons of the top_k experts of each position, else 0: x [..., in] → fp32 [..., out].
+
+    hidden [hidden, in], scores [experts, hidden]; labels int64 [out]: the expert of each neuron. Experts that score as
+    much as the last one chosen are chosen too. Source: MoEfication (arXiv 2110.01786) sec. 3.3, with the normalised
+    input and the tanh of its code.
+    """
+    found = F.linear(torch.tanh(F.linear(F.normalize(x, dim=-1), hidden)), scores)
+    chosen = found >= found.topk(top_k, dim=-1).values[..., -1:]
+    return chosen[..., labels].float()
+
+
+@experts.register_fake
+def _(x, hidden, scores, labels, top_k):
+    return x.new_empty(*x.shape[:-1], labels.shape[0])
 
 
 @torch.library.custom_op("calora::embedding", mutates_args=())

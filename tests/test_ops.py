@@ -13,7 +13,7 @@ from calora_export import ops
 from calora_export.compression import PackedWeight, quantize_symmetric
 
 EMPTY = torch.zeros(0)
-PLAIN = ([None], [None], [None])  # neither zero points nor a codebook nor an order
+PLAIN = ([None], [None], [None], [None])  # neither zero points nor a codebook, an order or experts
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_columns_may_stand_in_an_order_of_their_own(draw: torch.Generator) -> No
     none = torch.zeros(0, dtype=torch.bool)
 
     def run(activations: str) -> Tensor:
-        forms = ([None], [None], [order])
+        forms = ([None], [None], [order], [None])
         return ops.linears(x, [q], [scale], [EMPTY], [], [], [], EMPTY, none, activations, *forms)[0]
 
     torch.testing.assert_close(run("float"), F.linear(x, dense), atol=1e-5, rtol=1e-5)
@@ -96,7 +96,7 @@ def test_linears_is_the_slot_contract(draw: torch.Generator) -> None:
     q, scale = packed(draw, 7, 32)
     down, up = normal(draw, 3, 32), normal(draw, 7, 3)
     gate, recovery = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([False, True, False])
-    args = ([weight, q], [EMPTY, scale], [bias, EMPTY], [1], [down], [up], gate, recovery, "float", *[[None, None]] * 3)
+    args = ([weight, q], [EMPTY, scale], [bias, EMPTY], [1], [down], [up], gate, recovery, "float", *[[None, None]] * 4)
     dense, slotted = ops.linears(x, *args)
 
     exact = x.double()
@@ -230,8 +230,10 @@ def test_the_traced_shapes_are_the_real_ones(draw: torch.Generator) -> None:
     tests = ("test_schema", "test_faketensor")
     x, (q, scale), weight = normal(draw, 1, 4, 32), packed(draw, 6, 32), normal(draw, 8, 32)
     rows = ([normal(draw, 3, 32)], [normal(draw, 6, 3)], torch.ones(3), torch.tensor([True, False, True]))
-    linears = (x, [weight, q], [EMPTY, scale], [normal(draw, 8), EMPTY], [1], *rows, "int8_block", *[[None, None]] * 3)
+    linears = (x, [weight, q], [EMPTY, scale], [normal(draw, 8), EMPTY], [1], *rows, "int8_block", *[[None, None]] * 4)
     torch.library.opcheck(torch.ops.calora.linears, linears, test_utils=tests)
+    experts = (x, normal(draw, 5, 32), normal(draw, 7, 5), torch.arange(14) % 7, 3)
+    torch.library.opcheck(torch.ops.calora.experts, experts, test_utils=tests)
     torch.library.opcheck(torch.ops.calora.rms_norm, (x, normal(draw, 32), 1e-5), test_utils=tests)
     for table in ((q, scale), (weight, EMPTY)):
         torch.library.opcheck(torch.ops.calora.embedding, (torch.tensor([[1, 5]]), *table), test_utils=tests)

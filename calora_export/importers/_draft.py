@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from calora_export import adapter_format, strict_json
+from calora_export import adapter_format, moefied, strict_json
 from calora_export.bundle import load, read_base, read_base_config
 from calora_export.compression import WeightFormat
 from calora_export.errors import BundleError, UnsupportedError, mismatch
@@ -59,10 +59,11 @@ class Draft:
 
 
 @contextmanager
-def draft(base: Path, out: Path, name: str | None, source: str) -> Iterator[Draft]:
+def draft(base: Path, out: Path, name: str | None, source: str, top_k: int | None = None) -> Iterator[Draft]:
     """Copy and check the model directory `base`, let the caller add adapters, then put the bundle at `out`.
 
-    `source` is the format's name, for the provenance. BundleError or UnsupportedError in one line.
+    `source` is the format's name, for the provenance; top_k is how many experts of MoEfied layers compute. BundleError
+    or UnsupportedError in one line.
     """
     _check_out(out)
     if not base.is_dir():
@@ -73,13 +74,14 @@ def draft(base: Path, out: Path, name: str | None, source: str) -> Iterator[Draf
         tensors, formats, embeddings = read_base(staging / "base", "base")
         if (bad := tensors.first_nonfinite()) is not None:
             raise BundleError(mismatch(tensors.file_of(bad), bad, "finite values", "NaN or Inf"))
+        experts = _experts_step(moefied.sites(tensors), formats, top_k)
         linears = {module: stored.shape for module, stored in formats.items() if module not in embeddings}
         made = Draft(staging, linears, formats, tensors.fingerprint())
         yield made
         manifest = Manifest(
             schema_version=1,
             name=name or out.resolve().name,
-            base=BaseSpec(made.fingerprint, _compression_steps(formats)),
+            base=BaseSpec(made.fingerprint, (*experts, *_compression_steps(formats))),
             adapters=tuple(made.adapters),
             router=made.router,
             tasks=(),
@@ -167,6 +169,14 @@ def _weight_files(base: Path) -> list[str]:
         hint = "pickles are not loaded: save_pretrained the model again as safetensors" if pickles else ""
         raise BundleError(mismatch(base, "*.safetensors", "at least one file", pickles[0] if pickles else "none", hint))
     return files
+
+
+def _experts_step(
+    sites: Sequence[str], formats: Mapping[str, WeightFormat], top_k: int | None
+) -> tuple[CompressionStep, ...]:
+    if sites and top_k is None:
+        raise BundleError(mismatch("base/", "--top-k", f"how many experts of {sites[0]} compute", "nothing"))
+    return (CompressionStep("moefy", collapse_sites(sites, formats), top_k=top_k),) if sites else ()
 
 
 def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[CompressionStep, ...]:

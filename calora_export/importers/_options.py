@@ -14,6 +14,7 @@ Base = Annotated[Path, typer.Argument(help="A Hugging Face model directory.", sh
 Adapters = Annotated[list[Path], typer.Argument(help="PEFT adapter directories.", show_default=False)]
 Checkpoint = Annotated[Path, typer.Argument(help="A state dict: .pt, .pth, .bin or .safetensors.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", show_default=False)]
+TopK = Annotated[int | None, typer.Option(min=1, help="How many experts of a MoEfied base compute for a token.")]
 Name = Annotated[str | None, typer.Option(help="The bundle's name; its directory's name by default.")]
 Alpha = Annotated[float, typer.Option(help="lora_alpha as trained: the scale is alpha / r.", show_default=False)]
 Rslora = Annotated[bool, typer.Option("--rslora", help="It was trained with the scale alpha / sqrt(r).")]

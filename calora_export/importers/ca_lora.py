@@ -20,7 +20,7 @@ from calora_export.errors import BundleError, mismatch
 from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._draft import adapter_id, draft
 from calora_export.importers._lowrank import Act, LowRank, Pair
-from calora_export.importers._options import Base, Name, Out
+from calora_export.importers._options import Base, Name, Out, TopK
 
 Sources = Annotated[
     list[Path], typer.Argument(help=".pt files, or directories with inherit/ and recover/.", show_default=False)
@@ -33,7 +33,13 @@ _KINDS = ({"A", "B"}, {"a1", "a2"}, {"A", "B", "a1", "a2"})
 
 
 def run(
-    base: Base, sources: Sources, out: Out, alpha: PtAlpha = None, act: PtAct = "gelu", name: Name = None
+    base: Base,
+    sources: Sources,
+    out: Out,
+    alpha: PtAlpha = None,
+    act: PtAct = "gelu",
+    name: Name = None,
+    top_k: TopK = None,
 ) -> Imported:
     """CA-LoRA checkpoints: .pt files with lora_A, lora_B, lora_a1, lora_a2, or directories with inherit/ and recover/.
 
@@ -44,7 +50,7 @@ def run(
         if not path.is_dir() and alpha is None:
             raise BundleError(mismatch(path, "--alpha", "lora_alpha of the training, which the file lacks", "nothing"))
         ids.append(adapter_id(path, ids))
-    with draft(base, out, name, "ca-lora") as made:
+    with draft(base, out, name, "ca-lora", top_k) as made:
         for identifier, path in zip(ids, sources, strict=True):
             adapter = _directory(path, made.linears) if path.is_dir() else _file(path, made.linears, alpha or 0.0, act)
             made.add(identifier, _lowrank.write(adapter, made.adapter_dir(identifier), made.linears))

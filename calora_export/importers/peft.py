@@ -10,17 +10,17 @@ from calora_export import adapter_format
 from calora_export.errors import BundleError, mismatch
 from calora_export.importers import Imported, _lowrank
 from calora_export.importers._draft import directory_ids, draft
-from calora_export.importers._options import Adapters, Base, Name, Out
+from calora_export.importers._options import Adapters, Base, Name, Out, TopK
 from calora_export.manifest import Branch
 
 
-def run(base: Base, adapters: Adapters, out: Out, name: Name = None) -> Imported:
+def run(base: Base, adapters: Adapters, out: Out, name: Name = None, top_k: TopK = None) -> Imported:
     """PEFT LoRA adapters, with CA-LoRA's recovery branch beside them or not; an adapter's id is its directory's name.
 
     No router and no tasks; an adapter's class_index is its place. BundleError or UnsupportedError in one line.
     """
     ids = directory_ids(adapters)
-    with draft(base, out, name, "peft") as made:
+    with draft(base, out, name, "peft", top_k) as made:
         for identifier, source in zip(ids, adapters, strict=True):
             made.add(identifier, copy_adapter(source, made.adapter_dir(identifier), made.linears))
     return Imported(out, tuple(ids))

@@ -31,6 +31,8 @@ from calora_export.targets._executorch_steps import (
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
 from calora_export.targets._xnnpack import SEQUENCE, Filter, Shape, Subgraph, Value, nibbles
 
+TINY = 1e-24  # the square of the smallest length that torch's normalize divides by
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,12 +101,66 @@ class _Walk:
             [x],
             (*x.shape[:-1], sum(widths)),
         )
+        y = self._masked(y, widths, _nodes.masks(node))
         members = [i for i, _ in _nodes.slot_sites(self.roles, node)] if self.slots else []
         if members:
             outputs = self.operators.slotted(x, y, widths, members)
         else:
             outputs = [self.steps.slice(y, sum(widths[:i]), width) for i, width in enumerate(widths)]
         self.values.update({(node, i): output for i, output in enumerate(outputs)})
+
+    def _masked(self, y: Ref, widths: Sequence[int], masks: Sequence[Node | None]) -> Ref:
+        """The members of a group side by side, those that have experts times their masks."""
+        held = [mask for mask in masks if mask is not None]
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            y, parts, found = values[0], [], iter(values[1:])
+            for i, width in enumerate(widths):
+                part = graph.slice(y, sum(widths[:i]), width)
+                parts.append(part if masks[i] is None else graph.multiply(part, next(found)))
+            return graph.concatenate(parts)
+
+        return self.steps.inside(emit, [y, *(self.value(mask) for mask in held)], y.shape) if held else y
+
+    def lower_experts(self, node: Node) -> None:
+        """XNNPACK scores the experts; the plain SDK's operators choose some and spread that over their neurons."""
+        x, top_k = self.value(node.args[0]), _nodes.integer(node.args[4])
+        hidden, scores, labels = (self.graph.tensors[self._role(arg)].numpy() for arg in node.args[1:4])
+        columns, count = x.shape[-1], len(scores)
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            x = values[0]
+            squares = graph.linear(graph.unary(schema.XNNSquare, x), _plain(np.ones((1, columns), np.float32)))
+            shifted = graph.add(squares, graph.constant(np.array([TINY])))
+            unit = graph.multiply(x, graph.unary(schema.XNNReciprocalSquareRoot, shifted))
+            bent = graph.unary(schema.XNNTanh, graph.linear(unit, _plain(hidden)))
+            return graph.linear(bent, _plain(scores))
+
+        found = self.steps.inside(emit, [x], (*x.shape[:-1], count))
+        owners, ones, zeros = f"{self._role(node.args[3])}", "one", "zero"
+        self.steps.constants |= {
+            owners: labels.astype(np.int64),
+            ones: np.ones(1, np.float32),
+            zeros: np.zeros(1, np.float32),
+        }
+        shape = (*x.shape[:-1], len(labels))
+
+        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
+            method, number = frame.method, frame.method.number
+            best, order = (frame.tensor((*x.shape[:-1], top_k), kind) for kind in ("fp32", "int64"))
+            (found,) = inputs
+            options = [number(option) for option in (top_k, -1, True, True)]
+            method.call("aten::topk.values", [found, *options, best, order, best])
+            least = frame.tensor((*x.shape[:-1], 1))
+            call_slice(method, best, 2, number(top_k - 1), number(top_k), least)
+            chosen = frame.tensor(found_shape, "bool")
+            method.call("aten::ge.Tensor_out", [found, least, chosen, chosen])
+            weights = frame.tensor(found_shape)
+            method.call("aten::where.self_out", [chosen, frame.named[ones], frame.named[zeros], weights, weights])
+            method.call("aten::index_select.out", [weights, number(-1), frame.named[owners], output, output])
+
+        found_shape = (*x.shape[:-1], count)
+        self.values[node, 0] = self.steps.outside(call, [found], shape)
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
@@ -276,6 +332,10 @@ class _Walk:
         """Members are looked up where they are read."""
 
 
+def _plain(values: np.ndarray) -> Filter:
+    return Filter(values, None, 32, None)
+
+
 def _table(held: Weight) -> np.ndarray:
     """The token table in the bytes of an XNNPACK filter, so that a tied head is stored with it."""
     values = held.values.numpy()
@@ -319,6 +379,7 @@ _BINARY: Mapping[object, type[schema.XNNNode2x1]] = {
 
 _HANDLERS: Mapping[object, Callable[[_Walk, Node], None]] = {
     CALORA.linears.default: _Walk.lower_linears,
+    CALORA.experts.default: _Walk.lower_experts,
     CALORA.embedding.default: _Walk.lower_embedding,
     CALORA.rms_norm.default: _Walk.lower_rms_norm,
     CALORA.attention.default: _Walk.lower_attention,

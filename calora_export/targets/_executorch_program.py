@@ -31,6 +31,7 @@ TYPES = {
 }
 STORED = {
     np.dtype(np.float32): ScalarType.FLOAT,
+    np.dtype(np.int64): ScalarType.LONG,
     np.dtype(np.int8): ScalarType.CHAR,
     np.dtype(np.uint8): ScalarType.BYTE,
 }

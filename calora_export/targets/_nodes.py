@@ -93,6 +93,11 @@ def weights(graph: Graph, roles: dict[str, str], linears: Node) -> list[Weight]:
     return [_weight(graph, roles, arguments) for arguments in zip(*parts, strict=True)]
 
 
+def masks(linears: Node) -> list[Node | None]:
+    """Of each member of a group, which of its neurons compute: None for all."""
+    return [None if mask is None else node(mask) for mask in items(linears.args[13])]
+
+
 def table(graph: Graph, roles: dict[str, str], embedding: Node) -> Weight:
     """The weight of the token table."""
     values, scale, *rest = embedding.args[1:]

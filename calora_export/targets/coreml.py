@@ -168,7 +168,23 @@ class _Lowering:
             seen = x if order is None else mb.gather(x=x, indices=order, axis=-1)
             site = weight.name.removesuffix(".weight")
             y = mb.linear(x=seen, weight=self._weight(weight), bias=bias, name=_label(site))
+            mask = _nodes.masks(node)[i]
+            y = y if mask is None else mb.mul(x=y, y=self.value(mask))
             self.values[node, i] = mb.add(x=y, y=deltas[i]) if i in deltas else y
+
+    def lower_experts(self, node: Node) -> None:
+        """Of x / max|x|, whose squares stay in the range of float16."""
+        x, hidden, scores, labels, top_k = node.args
+        found = self.value(x)
+        found = mb.real_div(x=found, y=mb.maximum(x=_largest(found), y=TINY))
+        length = mb.reduce_l2_norm(x=found, axes=[-1], keep_dims=True)
+        unit = mb.real_div(x=found, y=mb.maximum(x=length, y=TINY))
+        bent = mb.tanh(x=mb.matmul(x=unit, y=self.value(hidden), transpose_y=True))
+        found = mb.matmul(x=bent, y=self.value(scores), transpose_y=True)
+        best, _ = mb.topk(x=found, k=_nodes.integer(top_k), axis=-1)
+        chosen = mb.greater_equal(x=found, y=mb.reduce_min(x=best, axes=[-1], keep_dims=True))
+        owners = self.graph.tensors[self.roles[_nodes.node(labels).name]].numpy().astype(np.int32)
+        self.values[node, 0] = mb.gather(x=mb.cast(x=chosen, dtype="fp16"), indices=owners, axis=-1)
 
     def _weight(self, weight: Weight) -> Var:
         return self._once(weight.name, lambda: weight_of(weight))
@@ -418,9 +434,13 @@ def _rotate(x: Var, cos: Var, sin: Var) -> Var:
     return mb.concat(values=[first, second, *rest], axis=-1)
 
 
+def _largest(x: Var) -> Var:
+    return mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
+
+
 def rms_norm(x: Var, weight: Var | np.ndarray, eps: float) -> Var:
     """x / m · rsqrt(mean((x / m)²) + eps / m²) · weight with m = max|x|: squares stay in the range of float16."""
-    largest = mb.maximum(x=mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True), y=TINY)
+    largest = mb.maximum(x=_largest(x), y=TINY)
     y = mb.real_div(x=x, y=largest)
     floor = mb.real_div(x=HALF(math.sqrt(eps)), y=largest)
     mean = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
@@ -447,6 +467,7 @@ _BINARY: Mapping[object, Callable[..., Var]] = {
 _UNARY: Mapping[object, Callable[..., Var]] = {ATEN.silu.default: mb.silu, ATEN.tanh.default: mb.tanh}
 _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
     CALORA.linears.default: _Lowering.lower_linears,
+    CALORA.experts.default: _Lowering.lower_experts,
     CALORA.embedding.default: _Lowering.lower_embedding,
     CALORA.rms_norm.default: _Lowering.lower_rms_norm,
     CALORA.attention.default: _Lowering.lower_attention,

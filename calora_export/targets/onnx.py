@@ -194,7 +194,7 @@ class _Lowering:
                 continue
             linears = {_nodes.node(source.args[0]) for source, _ in sources}
             first = next(iter(linears))
-            alike = len({weight.layout for weight in self.weights(first)}) == 1
+            alike = len({weight.layout for weight in self.weights(first)}) == 1 and not any(_nodes.masks(first))
             if (
                 len(linears) == 1
                 and len(self.weights(first)) == 3
@@ -216,6 +216,8 @@ class _Lowering:
             return
         for i, weight in enumerate(weights):
             y = self._matmul(x, [weight])
+            mask = _nodes.masks(node)[i]
+            y = y if mask is None else self.build.emit("Mul", y, self.value(mask))
             self.members[node, i] = self.build.emit("Add", y, deltas[i]) if i in deltas else y
 
     def _matmul(self, x: ir.Value, weights: Sequence[Weight]) -> ir.Value:
@@ -249,6 +251,24 @@ class _Lowering:
                 SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, slots[site].outputs)
             )
         return deltas
+
+    def lower_experts(self, node: Node) -> None:
+        """LpNormalization, as torch's normalize, makes no NaN of zeros."""
+        x, hidden, scores, labels, top_k = node.args
+        emit, found = self.build.emit, self.value(x)
+        unit = emit("LpNormalization", found, axis=-1, p=2)
+        bent = emit("Tanh", emit("FusedMatMul", unit, self.value(hidden), domain=CONTRIB, transB=1))
+        found = emit("FusedMatMul", bent, self.value(scores), domain=CONTRIB, transB=1)
+        count = self.build.integers([_nodes.integer(top_k)])
+        best, _ = self.build.emit_many("TopK", found, count, outputs=2, axis=-1)
+        least = emit("ReduceMin", best, self.build.integers([-1]), keepdims=1)
+        chosen = emit("Cast", emit("GreaterOrEqual", found, least), to=int(ir.DataType.FLOAT))
+        self.values[node] = emit("Gather", chosen, self._labels(labels), axis=-1)
+
+    def _labels(self, labels: object) -> ir.Value:
+        role = self.roles[_nodes.node(labels).name]
+        owners = self.graph.tensors[role]
+        return self.build.stored(_nodes.short(role), owners.numpy, list(owners.shape), ir.DataType.INT64)
 
     def _recovery_rows(self, count: int) -> ir.Value:
         key = f"recovery_{count}"
@@ -421,6 +441,7 @@ def _norms_after_add(calls: Sequence[Node]) -> dict[Node, Node]:
 
 _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
     CALORA.linears.default: _Lowering.lower_linears,
+    CALORA.experts.default: _Lowering.lower_experts,
     CALORA.embedding.default: _Lowering.lower_embedding,
     CALORA.rms_norm.default: _Lowering.lower_rms_norm,
     CALORA.attention.default: _Lowering.lower_attention,
