@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from calora_export import adapter_format, layouts, moefied, router_config, strict_json
-from calora_export.compression import DenseWeight, PackedWeight, WeightFormat
+from calora_export.compression import DenseWeight, PackedWeight, WeightFormat, quantize_symmetric
 from calora_export.errors import BundleError, FingerprintError, mismatch
 from calora_export.layouts import Checkpoint
 from calora_export.manifest import (
@@ -124,9 +124,22 @@ class Bundle:
         top_k = self._top_k.get(module)
         return None if top_k is None else moefied.read(self.base, module, self.linears[module], top_k)
 
+    @cached_property
+    def w8a8(self) -> frozenset[str]:
+        """The layers that read x rounded to int8, whatever a recipe says."""
+        steps = [step for step in self.manifest.base.compression if step.activations is not None]
+        return frozenset(site for step in steps for site in expand_sites(step.sites, self.weights.formats))
+
     def weight(self, module: str) -> DenseWeight | PackedWeight:
-        """The weight of a module as it is stored."""
-        return self.weights.read(module)
+        """The weight of a module as it is stored. Where W8A8 was trained on floats, with scales of their type, it is
+        what that training multiplied with: rounded to int8 rows.
+        """
+        stored = self.weights.read(module)
+        if module not in self.w8a8:
+            return stored
+        if isinstance(stored, DenseWeight):
+            stored = quantize_symmetric(stored.dequantize(), 8, stored.shape[1], stored.values.dtype.type)
+        return replace(stored, activations="int8_absmax")
 
     @property
     def adaptable(self) -> dict[str, tuple[int, int]]:
@@ -238,6 +251,10 @@ def _check_compression(manifest: Manifest, formats: dict[str, WeightFormat]) -> 
             continue
         for site in sites:
             stored = formats[site]
+            if step.activations and (stored.bits is None or not stored.symmetric or stored.codebook):
+                if stored.bits is None and step.group_size is None and step.symmetric:
+                    continue  # W8A8 of floats: rounded at inference, as in training
+                raise wrong(f"{key}.activations", f"symmetric int8 rows, or floats, of {site}", stored.scheme)
             if stored.scheme != step.scheme:
                 raise wrong(f"{key}.scheme", f"{stored.scheme}, as {site} is stored", step.scheme)
             group_size = step.group_size or stored.shape[1]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 BITS = (4, 8)
+Activations = Literal["float", "int8_block", "int8_token", "int8_absmax"]
+"""How a layer reads x: as it is, or rounded to int8 (`ops.round_activations`)."""
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -18,9 +21,10 @@ NF4 = np.array(
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A weight as stored: `values` [out, in] in fp32, fp16 or bf16."""
+    """A weight as stored: `values` [out, in] in fp32, fp16 or bf16; `activations` as of a PackedWeight."""
 
     values: np.ndarray
+    activations: Activations | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,7 +42,8 @@ class PackedWeight:
 
     `zero` int8 [out, in / group_size]: zero points in the range of q, None for a symmetric weight. `codebook` float32
     [2^bits]: q are positions in it, from 0 (NF4). `order` int64 [in]: the input feature that each column of q is for,
-    where a quantiser sorted them (GPTQ's act-order).
+    where a quantiser sorted them (GPTQ's act-order). `activations`: how the base itself reads x, None where that is for
+    a recipe to say.
     """
 
     q: np.ndarray
@@ -48,6 +53,7 @@ class PackedWeight:
     zero: np.ndarray | None = None
     codebook: np.ndarray | None = None
     order: np.ndarray | None = None
+    activations: Activations | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,17 +77,23 @@ def describe(weight: DenseWeight | PackedWeight) -> str:
         return str(weight.values.dtype)
     kind = f"{'int' if weight.codebook is None else 'nf'}{weight.bits}"
     groups = "rows" if weight.scale.shape[1] == 1 else f"groups of {weight.group_size}"
-    more = {"zero points": weight.zero, "an activation order": weight.order}
+    more = {
+        "zero points": weight.zero,
+        "an activation order": weight.order,
+        f"{weight.activations} activations": weight.activations,
+    }
     parts = [name for name, part in more.items() if part is not None]
     return f"{kind} in {groups} with {' and '.join([*parts, f'{weight.scale.dtype} scales'])}"
 
 
 def form(weight: DenseWeight | PackedWeight) -> str:
-    """A weight's form in short: `int4/32`, a group of 0 being a row; `uint` has zero points, `nf` a codebook."""
+    """A weight's form in short: `int4/32`, a group of 0 being a row; `uint` has zero points, `nf` a codebook. Behind it
+    how the base itself reads x, where it does."""
+    own = f" {weight.activations}" if weight.activations else ""
     if isinstance(weight, DenseWeight):
-        return "float"
+        return f"float{own}"
     kind = "int" if weight.codebook is None and weight.zero is None else "uint" if weight.codebook is None else "nf"
-    return f"{kind}{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}"
+    return f"{kind}{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}{own}"
 
 
 def sqnr(original: np.ndarray, made: np.ndarray) -> float:
@@ -92,13 +104,16 @@ def sqnr(original: np.ndarray, made: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What the headers say of a weight: shape (out, in); `bits` and `group_size` are None for a dense one."""
+    """What the headers say of a weight: shape (out, in); `bits` and `group_size` are None for a dense one.
+    int8_activations: the layout says that the layer reads x rounded to int8, per token.
+    """
 
     shape: tuple[int, int]
     bits: int | None
     group_size: int | None
     symmetric: bool = True
     codebook: bool = False
+    int8_activations: bool = False
 
     @property
     def scheme(self) -> str:

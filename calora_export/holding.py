@@ -54,8 +54,11 @@ def _onnx(module: str, weight: PackedWeight) -> PackedWeight:
 
 def _xnnpack(module: str, weight: PackedWeight) -> PackedWeight:
     """XNNPACK: one fp32 scale a row; or, for 4 bits, groups of a multiple of 32 with bf16 scales. It has no zero points
-    of ours, no codebooks and no orders: such weights, and 8 bits in groups, become 8 bits in rows.
+    of ours, no codebooks and no orders: such weights, and 8 bits in groups, become 8 bits in rows. It reads x in int8,
+    from the least to the largest of a position, W8A8 from -max|x| to max|x|.
     """
+    if weight.activations == "int8_absmax":  # its kernels round x themselves, asymmetrically
+        weight = replace(weight, activations="int8_token")
     symmetric = weight.zero is None and weight.codebook is None
     if symmetric and weight.scale.shape[1] == 1:
         return weight

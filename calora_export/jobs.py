@@ -14,8 +14,8 @@ import numpy as np
 from msgspec import Struct
 
 from calora_export import strict_json
+from calora_export.compression import Activations
 from calora_export.errors import DeviceError, mismatch
-from calora_export.recipe import Activations
 
 JOB, TRACE, LOGITS = "job.json", "trace.json", "logits.bin"
 

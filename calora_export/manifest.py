@@ -24,7 +24,14 @@ Sites = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _INT = ("group_size", "symmetric")
-_STEP_PARAMETERS = {"prune": ("pattern",), "moefy": ("top_k",), "int4": _INT, "int8": _INT, "nf4": ("group_size",)}
+_STEP_PARAMETERS = {
+    "prune": ("pattern",),
+    "moefy": ("top_k",),
+    "int4": _INT,
+    "int8": (*_INT, "activations"),
+    "nf4": ("group_size",),
+}
+_OPTIONAL = ("group_size", "activations")
 _SELECT_PARAMETER = {"top_p": "p", "top_k": "k", "threshold": "threshold", "all": None}
 
 
@@ -56,9 +63,10 @@ class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Done to the base: int4, int8, nf4 with columns per scale (None: one per row), ints with zero points unless
-    they are symmetric; prune with a pattern: `structured` took whole heads and neurons, so that widths are not those
-    of config.json but those of the tensors; moefy made experts of a layer's neurons, top_k of which compute.
+    """Done to the base: int4, int8, nf4 with columns per scale (None: one per row), ints with zero points unless they
+    are symmetric; int8 with int8 activations where layers round x to int8, too, at every token; prune with a pattern:
+    `structured` took whole heads and neurons, so that widths are not those of config.json but those of the tensors;
+    moefy made experts of a layer's neurons, top_k of which compute.
     """
 
     scheme: Literal["prune", "moefy", "int4", "int8", "nf4"]
@@ -67,6 +75,7 @@ class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     symmetric: bool | None = None
     pattern: Literal["2:4", "unstructured", "structured"] | None = None
     top_k: Count | None = None
+    activations: Literal["int8"] | None = None
 
 
 class BaseSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,11 +206,12 @@ def _check_compression(base: BaseSpec) -> None:
             "symmetric": step.symmetric,
             "pattern": step.pattern,
             "top_k": step.top_k,
+            "activations": step.activations,
         }
         for name, value in values.items():
             if value is not None and name not in needed:
                 raise wrong(f"{key}.{name}", f"only {' and '.join(needed)} with {step.scheme}", f"{value}")
-            if value is None and name in needed and name != "group_size":
+            if value is None and name in needed and name not in _OPTIONAL:
                 raise wrong(f"{key}.{name}", f"this key with {step.scheme}", "nothing")
 
 

@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from calora_export import moefied, ops, quiet
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle, read_base_config
-from calora_export.compression import DenseWeight, PackedWeight
+from calora_export.compression import Activations, DenseWeight, PackedWeight
 from calora_export.errors import BundleError, UnsupportedError, mismatch
 from calora_export.moefied import Experts
-from calora_export.recipe import Activations
 
 with quiet.libraries():  # it imports every quantiser that is installed, and these talk
     import transformers
@@ -105,8 +104,12 @@ def _tensor(array: np.ndarray) -> Tensor:
 class Linear(nn.Module):
     """Stands where the library's nn.Linear stood: weight [out, in] dense or packed, bias [out] or empty."""
 
-    def __init__(self, site: str, held: Held, bias: Tensor, current: _Current, experts: Experts | None = None) -> None:
+    def __init__(
+        self, site: str, held: Held, bias: Tensor, current: _Current, own: Activations | None, experts: Experts | None
+    ) -> None:
+        """own: how the base itself reads x, where that is not for a recipe to say."""
         super().__init__()
+        self.own = own
         self.site = site
         self.out_features, self.in_features = held.weight.shape
         held.register(self)
@@ -415,10 +418,13 @@ def _replace_weights(
                 raise UnsupportedError(mismatch("base/", name, "columns in order", "a table in activation order"))
             lm.set_submodule(name, Embedding(table, _factor(module)))
         elif isinstance(module, nn.Linear):
-            shared = tied and name == head
-            if shared and table is None:
+            if not (tied and name == head):
+                weight = weight_of(name)
+                held, own = Held.of(weight), weight.activations
+            elif table is None:
                 raise UnsupportedError(mismatch("base/config.json", "tie_word_embeddings", "a token table", "none"))
-            held = table if shared and table else Held.of(weight_of(name))
+            else:
+                held, own = table, None
             expected, found = [module.out_features, module.in_features], list(held.weight.shape)
             if found != expected and name not in bundle.structured:
                 hint = "a base whose layers have widths of their own says so: base.compression, pattern structured"
@@ -428,7 +434,7 @@ def _replace_weights(
                 bias = torch.from_numpy(np.array(bundle.base.float32(f"{name}.bias")))
                 if len(bias) != found[0]:
                     raise BundleError(mismatch("base/", f"{name}.bias", found[:1], list(bias.shape)))
-            linears[name] = Linear(name, held, bias, current, bundle.experts(name))
+            linears[name] = Linear(name, held, bias, current, own, bundle.experts(name))
             lm.set_submodule(name, linears[name])
     for name, param in list(lm.named_parameters()):
         if param.is_meta and name in bundle.base.names():
@@ -487,12 +493,13 @@ def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activations
         model.logits(torch.zeros(1, 1, dtype=torch.long), _Pass(past=model.empty_cache(), inputs=seen), True)
     runs: list[tuple[Tensor, list[str]]] = []
     for site, x in seen:
-        if runs and runs[-1][0] is x:
+        if runs and runs[-1][0] is x and linears[runs[-1][1][-1]].own == linears[site].own:
             runs[-1][1].append(site)
         else:
             runs.append((x, [site]))
     for _, sites in runs:
-        group = Group(tuple(linears[site] for site in sites), model.current, activations)
+        own = linears[sites[0]].own
+        group = Group(tuple(linears[site] for site in sites), model.current, own or activations)
         for member in group.members:
             member.group = group
     model.groups = tuple(tuple(sites) for _, sites in runs)

@@ -44,14 +44,17 @@ def _row_blocks(weight: Tensor, scale: Tensor, zero: Tensor | None, codebook: Te
 
 
 def round_activations(x: Tensor, kind: str, block: int) -> Tensor:
-    """x rounded to int8 and back as a target's kernels do it; kind is a recipe's `activations`."""
+    """x rounded to int8 and back as a target's kernels or a base's layers do it; kind is `compression.Activations`."""
     if kind == "int8_block":
         return _round_blocks(x, block)
+    if kind == "int8_absmax":
+        return _round_blocks(x, x.shape[-1])
     return _round_tokens(x) if kind == "int8_token" else x
 
 
 def _round_blocks(x: Tensor, block: int) -> Tensor:
-    """Symmetric in each run of `block` values: scale = max|x| / 127 (MatMulNBits with accuracy_level 4)."""
+    """Symmetric in each run of `block` values: scale = max|x| / 127 (MatMulNBits with accuracy_level 4; and CA-LoRA's
+    W8A8, whose run is a position)."""
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1, keepdim=True) / 127.0
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -89,16 +92,18 @@ def linears(
     """y_i = base_i(x) ⊙ mask_i + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
 
     x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
-    linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x. zeros[i], codebooks[i] as
-    in `dequantize`; orders[i] int64 [in]: which feature of x each column of weights[i] is for. masks[i] [..., out_i] of
-    `experts`, or None: an adapter adds to neurons that do not compute, too.
+    linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x, and of int8_absmax any base.
+    zeros[i], codebooks[i] as in `dequantize`; orders[i] int64 [in]: which feature of x each column of weights[i] is of.
+    masks[i] [..., out_i] of `experts`, or None: an adapter adds to neurons that do not compute, too.
     Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
     """
     ys = []
     forms = zip(weights, scales, biases, zeros, codebooks, orders, masks, strict=True)
     for weight, scale, bias, zero, codebook, order, mask in forms:
         seen = x if order is None else x[..., order]
-        if scale.numel() and codebook is None:  # kernels that look values up read x as it is
+        if activations == "int8_absmax":  # the base's own
+            seen = round_activations(seen, activations, 0)
+        elif scale.numel() and codebook is None:  # kernels that look values up read x as it is
             seen = round_activations(seen, activations, x.shape[-1] // scale.shape[1])
         y = torch.cat([F.linear(seen, rows) for rows in _row_blocks(weight, scale, zero, codebook)], dim=-1)
         y = y + bias if bias.numel() else y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -17,7 +17,6 @@ from calora_export.compression import DenseWeight, PackedWeight, describe, form,
 from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
 Weight = DenseWeight | PackedWeight
-Activations = Literal["float", "int8_block", "int8_token"]
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,7 +81,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk: Annotated[int, Meta(ge=1)] = 256
     rank_budget: Annotated[int, Meta(ge=1)] = 256
     logits: Literal["last", "all"] = "last"
-    activations: Activations = "float"
+    activations: Literal["float", "int8_block", "int8_token"] = "float"
     adapters: Literal["fp32", "fp16"] = "fp32"
     adapter_inputs: Literal["optional", "required", "functions"] = "optional"
     lengths: tuple[Annotated[int, Meta(ge=1)], ...] = ()
@@ -110,10 +109,11 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
     rule = recipe.rule(module)
     if rule.scheme in ("fp32", "fp16"):
         dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.values
-        return Representation(DenseWeight(dense), True) if rule.scheme == "fp32" else _half(module, dense)
+        made = Representation(DenseWeight(dense), True) if rule.scheme == "fp32" else _half(module, dense)
+        return replace(made, weight=replace(made.weight, activations=weight.activations))
     if isinstance(weight, PackedWeight):
         held = holding.hold(recipe.target, module, weight)
-        exact = held is weight or _equal(held, weight)
+        exact = held is weight or (_equal(held, weight) and held.activations == weight.activations)
         if not exact and rule.lossy == "refuse":
             _refuse(recipe.target, module, weight, held)
         return Representation(held, exact)

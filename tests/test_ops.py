@@ -114,6 +114,18 @@ def test_rank_0_changes_no_bit(draw: torch.Generator) -> None:
     assert torch.equal(slotted, F.linear(x, weight))
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_w8a8_multiplies_integers_and_scales_the_sum(draw: torch.Generator, dense: bool) -> None:
+    """Whatever holds the weights: x of each position in 127 steps either way, as CA-LoRA's bases were trained."""
+    x, q = normal(draw, 3, 32), torch.randint(-127, 128, (4, 32), generator=draw, dtype=torch.int8)
+    scale, none = normal(draw, 4, 1).abs(), torch.zeros(0, dtype=torch.bool)
+    step = x.abs().amax(-1, keepdim=True) / 127
+    expected = ((x / step).round().long() @ q.long().T).double() * step.double() * scale.double().T
+    held, factor = (q * scale, EMPTY) if dense else (q, scale)
+    made = ops.linears(x, [held], [factor], [EMPTY], [], [], [], EMPTY, none, "int8_absmax", *PLAIN)[0]
+    torch.testing.assert_close(made.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_activations_are_rounded_as_the_int8_kernels_round_them() -> None:
     """scale = max |x| / 127 per block, values to the nearest integer; a block of zeros stays zero."""
     x = torch.tensor([[127.0, 1.4, -63.6, 0.0, 0.0, 0.0, 0.0, 0.0, -2.54, 1.271, 0.011, 0.029]])

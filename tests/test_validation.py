@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from calora_export import bundle as bundles
 from calora_export import cli, devices, measuring, pipeline, runtimes, validation
 from calora_export import package as packages
+from calora_export.compression import Activations
 from calora_export.devices import host
 from calora_export.errors import CaloraError, DeviceError, FingerprintError
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
-from calora_export.recipe import Activations
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
 from tests.bundles import edit_json, tiny_bundle

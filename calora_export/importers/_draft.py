@@ -187,11 +187,11 @@ def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[Compression
         shapes.setdefault(starred(module), set()).add(stored.shape)
     uneven = [module for module in formats if len(shapes[starred(module)]) > 1]
     steps = [CompressionStep("prune", collapse_sites(uneven, formats), pattern="structured")] if uneven else []
-    forms: dict[tuple[str, int, bool], list[str]] = {}
+    forms: dict[tuple[str, int, bool, bool], list[str]] = {}
     for module, stored in formats.items():
         if stored.bits is not None and stored.group_size is not None:
             per_row = stored.group_size == stored.shape[1]
-            form = (stored.scheme, 0 if per_row else stored.group_size, stored.symmetric)
+            form = (stored.scheme, 0 if per_row else stored.group_size, stored.symmetric, stored.int8_activations)
             forms.setdefault(form, []).append(module)
     steps += [
         CompressionStep(
@@ -199,7 +199,8 @@ def _compression_steps(formats: Mapping[str, WeightFormat]) -> tuple[Compression
             sites=collapse_sites(modules, formats),
             group_size=group_size or None,
             symmetric=None if scheme == "nf4" else symmetric,
+            activations="int8" if int8 else None,
         )
-        for (scheme, group_size, symmetric), modules in sorted(forms.items())
+        for (scheme, group_size, symmetric, int8), modules in sorted(forms.items())
     ]
     return tuple(steps)

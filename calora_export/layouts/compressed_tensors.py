@@ -23,20 +23,49 @@ MARKS = (".weight_packed",)
 FORMATS = ("pack-quantized", "int-quantized")
 
 
+class Arguments(msgspec.Struct, frozen=True):
+    """How weights or activations are quantised."""
+
+    num_bits: int | None = None
+    symmetric: bool = True
+    dynamic: object = False
+    strategy: str | None = None
+
+
+class Group(msgspec.Struct, frozen=True):
+    """Of the layers that one scheme is for."""
+
+    weights: Arguments | None = None
+    input_activations: Arguments | None = None
+
+    @property
+    def w8a8(self) -> bool:
+        """Whether its layers round x to int8, symmetrically for each token as it comes."""
+        x = self.input_activations
+        return x is not None and (x.num_bits, x.symmetric, x.dynamic, x.strategy) == (8, True, True, "token")
+
+
 class Config(msgspec.Struct, frozen=True):
     """What of the quantization_config says how to read."""
 
     format: str | None = None
+    config_groups: dict[str, Group] | None = None
+
+    @property
+    def w8a8(self) -> bool:
+        """Whether that is said of everything in 8 bits."""
+        groups = [g for g in (self.config_groups or {}).values() if g.weights is not None and g.weights.num_bits == 8]
+        return bool(groups) and all(group.w8a8 for group in groups)
 
 
 def reader(config: bytes, tensors: TensorIndex, file: str) -> Reader:
     """UnsupportedError for another of the library's formats."""
-    found = strict_json.decode(config, Config, f"{file}: {KEY}").format
-    if found not in FORMATS:
+    found = strict_json.decode(config, Config, f"{file}: {KEY}")
+    if found.format not in FORMATS:
         hint = "save it uncompressed, or with llm-compressor as pack-quantized"
-        shown = strict_json.plain(str(found))
+        shown = strict_json.plain(str(found.format))
         raise UnsupportedError(mismatch(file, f"{KEY}.format", " or ".join(FORMATS), shown, hint))
-    return Reader(tensors)
+    return Reader(tensors, found.w8a8)
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,7 @@ class Reader:
     """Every module tells its own form by its tensors."""
 
     tensors: TensorIndex
+    w8a8: bool = False
 
     def modules(self) -> Sequence[str]:
         packed = [name.removesuffix(".weight_packed") for name in self.tensors.names() if name.endswith(MARKS)]
@@ -73,7 +103,9 @@ class Reader:
                 require(tensors, zero, (rows, columns // group), "I8")
         if index in tensors.tensors:
             require(tensors, index, (columns,), "I32", "I64")
-        return WeightFormat((rows, columns), bits, group, zero not in tensors.tensors)
+        symmetric = zero not in tensors.tensors
+        rounds = self.w8a8 and bits == 8 and symmetric
+        return WeightFormat((rows, columns), bits, group, symmetric, int8_activations=rounds)
 
     def read(self, module: str) -> PackedWeight:
         stored, tensors = self.format(module), self.tensors

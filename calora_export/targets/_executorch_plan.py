@@ -28,7 +28,7 @@ from calora_export.targets._executorch_steps import (
     Steps,
     call_slice,
 )
-from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
+from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
 from calora_export.targets._xnnpack import SEQUENCE, Filter, Shape, Subgraph, Value, nibbles
 
 TINY = 1e-24  # the square of the smallest length that torch's normalize divides by
@@ -95,6 +95,7 @@ class _Walk:
         x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
         widths = [len(weight.values) for weight in weights]
         alike = len({weight.layout for weight in weights}) == 1
+        x = self._rounded(x) if node.args[9] == W8A8 else x
         filters = [_stacked(weights)] if alike else [_stacked([weight]) for weight in weights]
         y = self.steps.inside(
             lambda graph, values: graph.concatenate([graph.linear(values[0], held) for held in filters]),
@@ -104,10 +105,29 @@ class _Walk:
         y = self._masked(y, widths, _nodes.masks(node))
         members = [i for i, _ in _nodes.slot_sites(self.roles, node)] if self.slots else []
         if members:
-            outputs = self.operators.slotted(x, y, widths, members)
+            outputs = self.operators.slotted(self.value(node.args[0]), y, widths, members)
         else:
             outputs = [self.steps.slice(y, sum(widths[:i]), width) for i, width in enumerate(widths)]
         self.values.update({(node, i): output for i, output in enumerate(outputs)})
+
+    def _rounded(self, x: Ref) -> Ref:
+        """x as W8A8 reads it (`ops.round_activations`). XNNPACK can neither find the largest of a position nor round:
+        the first is another operator's, the second happens when what has no room for fractions is added."""
+
+        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
+            axes, keep = frame.method.numbers([-1]), frame.method.number(True)
+            frame.method.call("aten::amax.out", [inputs[0], axes, keep, output, output])
+
+        def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
+            x, most = values
+            even, least = (graph.constant(np.array([value])) for value in (1.5 * 2.0**23, np.finfo(np.float32).tiny))
+            scale = graph.binary(schema.XNNDiv, most, graph.constant(np.array([127.0])))
+            scale = graph.binary(schema.XNNMaximum, scale, least)
+            steps = graph.add(graph.binary(schema.XNNDiv, x, scale), even)
+            return graph.multiply(graph.subtract(steps, even), scale)
+
+        most = self.steps.outside(call, [self.steps.unary(schema.XNNAbs, x)], (*x.shape[:-1], 1))
+        return self.steps.inside(emit, [x, most], x.shape)
 
     def _masked(self, y: Ref, widths: Sequence[int], masks: Sequence[Node | None]) -> Ref:
         """The members of a group side by side, those that have experts times their masks."""

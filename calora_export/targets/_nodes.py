@@ -19,6 +19,7 @@ from calora_export.package import SlotTensor
 Handler = TypeVar("Handler")
 ATEN, CALORA = torch.ops.aten, torch.ops.calora
 VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN.unflatten.int)
+W8A8 = "int8_absmax"  # the `activations` of layers that round x themselves
 SAME = (ATEN.to.dtype, ATEN.contiguous.default, ATEN.dropout.default)
 """Casts to fp32 of what is fp32, clones, dropout at inference."""
 

@@ -22,7 +22,7 @@ from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _coreml_program, _nodes
 from calora_export.targets._coreml_program import Description, Flexible, Input, State, Var, mb, stage, types
-from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
+from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
 from calora_export.version import VERSION
 
 MODEL, ROUTER = "model.mlpackage", "router.mlpackage"
@@ -162,6 +162,7 @@ class _Lowering:
     def lower_linears(self, node: Node) -> None:
         x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
         deltas = self._deltas(x, _nodes.slot_sites(self.roles, node))
+        x = _rounded(x) if node.args[9] == W8A8 else x
         for i, weight in enumerate(weights):
             bias = _constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
             order = None if weight.order is None else weight.order.numpy().astype(np.int32)
@@ -432,6 +433,14 @@ def _rotate(x: Var, cos: Var, sin: Var) -> Var:
     second = mb.add(x=mb.mul(x=b, y=cos), y=mb.mul(x=a, y=sin))
     rest = [_slice(x, -1, 2 * half, width)] if width > 2 * half else []
     return mb.concat(values=[first, second, *rest], axis=-1)
+
+
+def _rounded(x: Var) -> Var:
+    """x as W8A8 reads it (`ops.round_activations`), in float16, which holds its 255 steps. It divides by max|x| first,
+    since a 127th of a small one would lose digits."""
+    most = mb.maximum(x=_largest(x), y=TINY)
+    steps = mb.round(x=mb.mul(x=mb.real_div(x=x, y=most), y=HALF(127)))
+    return mb.mul(x=mb.mul(x=steps, y=HALF(1 / 127)), y=most)
 
 
 def _largest(x: Var) -> Var:

@@ -26,7 +26,7 @@ from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _genai, _nodes, _onnx_weights
-from calora_export.targets._nodes import ATEN, CALORA, VIEWS, Weight
+from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
 from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
 
 MODEL = "model.onnx"
@@ -207,22 +207,33 @@ class _Lowering:
     def lower_linears(self, node: Node) -> None:
         x, weights = self.value(node.args[0]), self.weights(node)
         deltas = self._deltas(x, node)
+        own = node.args[9] == W8A8
+        x = self._rounded(x) if own else x
         order = next((order for source, order in self.packed.values() if source is node), None)
         if order is not None:
-            y = self._matmul(x, [weights[i] for i in order])
+            y = self._matmul(x, [weights[i] for i in order], own)
             if deltas:
                 y = self.build.emit("Add", y, self.build.emit("Concat", *[deltas[i] for i in order], axis=-1))
             self.values[node] = y
             return
         for i, weight in enumerate(weights):
-            y = self._matmul(x, [weight])
+            y = self._matmul(x, [weight], own)
             mask = _nodes.masks(node)[i]
             y = y if mask is None else self.build.emit("Mul", y, self.value(mask))
             self.members[node, i] = self.build.emit("Add", y, deltas[i]) if i in deltas else y
 
-    def _matmul(self, x: ir.Value, weights: Sequence[Weight]) -> ir.Value:
-        """x times the weights, one below the other."""
-        level = INT8_ACTIVATIONS if self.recipe.activations == "int8_block" else FLOAT_ACTIVATIONS
+    def _rounded(self, x: ir.Value) -> ir.Value:
+        """x as W8A8 reads it, in floats: each position in 127 steps either way (`ops.round_activations`)."""
+        emit = self.build.emit
+        most = emit("ReduceMax", emit("Abs", x), self.build.integers([-1]), keepdims=1)
+        least = self.build.constant("least", np.array(np.finfo(np.float32).tiny))
+        scale = emit("Max", emit("Div", most, self.build.scalar(127.0)), least)
+        return emit("Mul", emit("Round", emit("Div", x, scale)), scale)
+
+    def _matmul(self, x: ir.Value, weights: Sequence[Weight], rounded: bool) -> ir.Value:
+        """x times the weights, one below the other; rounded: x is in steps already, which kernels are to leave."""
+        int8 = self.recipe.activations == "int8_block" and not rounded
+        level = INT8_ACTIVATIONS if int8 else FLOAT_ACTIVATIONS
         return _onnx_weights.linear(self.build, x, weights, level=level, by_rows=self._is_table(weights[0]))
 
     def _is_table(self, weight: Weight) -> bool:
