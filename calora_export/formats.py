@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from calora_export import recipe as recipes
-from calora_export.compression import NF4, DenseWeight, PackedWeight, form, quantize_symmetric, sqnr
+from calora_export.compression import NF4, DenseWeight, PackedWeight, form, quantize_symmetric
 from calora_export.errors import UnsupportedError
 
 Outcome = Literal["exact", "re-represented", "refused"]
@@ -55,6 +55,7 @@ def samples() -> dict[str, DenseWeight | PackedWeight]:
     return {
         "fp32, fp16, bf16": DenseWeight(dense),
         "int8, rows": packed(8, COLUMNS),
+        "int8, rows, int8 activations": replace(packed(8, COLUMNS), activations="int8_absmax"),
         "int8, rows, zero points": shifted(packed(8, COLUMNS)),
         "int8, groups": packed(8, 32),
         "int8, groups, zero points": shifted(packed(8, 128, np.float16)),
@@ -82,5 +83,4 @@ def _cell(scheme: str, weight: DenseWeight | PackedWeight, name: str, recipe: re
     held = form(made.weight) if isinstance(made.weight, PackedWeight) else recipe.rule(SITE).scheme
     if made.exact:
         return Cell(scheme, recipe.target, name, "exact", held, "–")
-    kept = sqnr(weight.dequantize(), made.weight.dequantize())
-    return Cell(scheme, recipe.target, name, "re-represented", held, f"{kept:.1f} dB")
+    return Cell(scheme, recipe.target, name, "re-represented", held, recipes.kept(weight, made.weight))

@@ -138,9 +138,14 @@ def _half(module: str, dense: np.ndarray) -> Representation:
 
 
 def _refuse(target: str, module: str, weight: PackedWeight, held: PackedWeight) -> NoReturn:
-    kept = sqnr(weight.dequantize(), held.dequantize())
-    hint = f'use {holding.EXACT[target]}, or lossy = "allow", which keeps {kept:.1f} dB as {form(held)}'
+    hint = f'use {holding.EXACT[target]}, or lossy = "allow", which keeps {kept(weight, held)} as {form(held)}'
     raise UnsupportedError(mismatch(module, "weight", f"what a kernel of {target} reads", describe(weight), hint))
+
+
+def kept(weight: Weight, held: Weight) -> str:
+    """What holding a weight otherwise keeps of it: a signal-to-noise ratio, or all but how x is rounded."""
+    decibel = sqnr(weight.dequantize(), held.dequantize())
+    return f"{decibel:.1f} dB" if decibel < 200 else "all weights, and rounds x otherwise"
 
 
 def _equal(a: PackedWeight, b: PackedWeight) -> bool:
