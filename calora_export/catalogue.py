@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from calora_export import formats, profiles, recipe, targets
-from calora_export.devices import adb, ssh
+from calora_export.devices import adb, browser, ssh
 
 Row = dict[str, str]
 
@@ -55,7 +55,7 @@ def _present() -> list[Row]:
         for serial, state in adb.connected().items()
     ]
     hosts = [{"device": f"ssh:{host}", "kind": "ssh", "state": "in ~/.ssh/config"} for host in ssh.configured()]
-    return phones + hosts
+    return [*phones, *hosts, {"device": "browser", "kind": "browser", "state": browser.state()}]
 
 
 def _problem(state: str) -> str:

@@ -45,10 +45,10 @@ out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlig
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[
-    str, typer.Option("--device", help="Where to run: host, host:native, adb:SERIAL, ssh:HOST …")
+    str, typer.Option("--device", help="Where to run: host, adb:SERIAL, ssh:HOST, browser …")
 ]
 Devices = Annotated[
-    list[str], typer.Option("--device", help="Where to run, once or more: host, host:native, adb:SERIAL, ssh:HOST …")
+    list[str], typer.Option("--device", help="Where to run, once or more: host, adb:SERIAL, ssh:HOST, browser …")
 ]
 PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
 
@@ -229,7 +229,7 @@ def bench(package: PackagePath, device: Device = "host", json: Json = False, deb
         answer, job = measuring.bench(package, device, say)
         made = latency.summarise(job, answer)
     if json:
-        facts = {"device": answer.device, "arch": answer.arch, "emulated": answer.emulated}
+        facts = {name: getattr(answer, name) for name in ("device", "arch", "emulated", "runtime")}
         emit({"package": str(package), **facts, "latency": made})
         return
     show_latency(made)
@@ -555,12 +555,18 @@ def megabytes(size: int) -> str:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A spinner with the stage's name on a terminal, silence in a pipe."""
-    if not err.is_terminal:
-        yield lambda stage: None
-        return
-    with err.status("starting") as status:
-        yield lambda stage: status.update(stage)
+    """A spinner with the stage's name on a terminal, silence in a pipe; what a person is asked to do stays."""
+    from calora_export.devices import Request
+
+    with err.status("starting") if err.is_terminal else contextlib.nullcontext() as status:
+
+        def say(stage: str) -> None:
+            if isinstance(stage, Request):
+                err.print(stage, markup=False)
+            elif status is not None:
+                status.update(stage)
+
+        yield say
 
 
 @contextlib.contextmanager

@@ -89,7 +89,8 @@ class TimingTrace(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Answer(Struct, frozen=True, forbid_unknown_fields=True):
-    """trace.json. peak_rss is in bytes, of the process that ran the job. peaks: operator → its largest |value|, in the
+    """trace.json. runtime: the target, or what ran it, in words. peak_rss is in bytes, of the process that ran the job;
+    None: unknown. peaks: operator → its largest |value|, in the
     order in which they run, from a runtime that sees them. emulated: the times mean nothing. rounding: how kernels of
     this processor round what packed weights read, where that is not the recipe's `activations`. threads: how many it
     used, where not as many as the job allows."""
@@ -103,7 +104,7 @@ class Answer(Struct, frozen=True, forbid_unknown_fields=True):
     completions: tuple[tuple[int, ...], ...]
     safety: SafetyTrace | None
     timing: TimingTrace | None
-    peak_rss: int
+    peak_rss: int | None
     peaks: dict[str, float] | None = None
     emulated: bool = False
     threads: int | None = None

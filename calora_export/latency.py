@@ -43,7 +43,7 @@ def summarise(job: Job, answer: Answer) -> Latency:
         adapter_tax=_ratio(decode.get("adapter"), decode.get("base")),
         mix2_tax=_ratio(decode.get("mix2"), decode.get("adapter")),
         router_ms=_median(made.router),
-        peak_rss_mb=answer.peak_rss / 1e6,
+        peak_rss_mb=None if answer.peak_rss is None else answer.peak_rss / 1e6,
         threads=answer.threads or job.threads,
         samples=len(made.decode.get("base", ())),
     )

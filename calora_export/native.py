@@ -99,7 +99,7 @@ def _built(kind: str, target: str, machine: Machine, options: tuple[str, ...], p
 
 def _build(kind: str, target: str, machine: Machine, options: tuple[str, ...], product: str) -> Path:
     source = resources.target_dir(target) / "runner"
-    directory = _cache() / f"{kind}-{_key(source, target, machine)}"
+    directory = resources.cache() / f"{kind}-{_key(source, target, machine)}"
     if (directory / product).is_file():
         return directory / product
     try:
@@ -139,10 +139,6 @@ def _add_system(build: Path, machine: Machine) -> None:
         if Path(found).is_absolute():
             shutil.copyfile(found, build / SYSTEM / name)
             (build / SYSTEM / name).chmod(0o755)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calora-export"
 
 
 def _key(source: Path, target: str, machine: Machine) -> str:

@@ -127,7 +127,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `activations` is the largest |value| in each layer, from a device that sees them: float16 ends at 65504.
     `problems` holds one line per failure. `tolerances` is what was judged against, by name: a metric
     (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
-    bound the effect.
+    bound the effect. `runtime` is what ran it, in words.
 
     Raises:
         ValueError: the verdict contradicts a part or `problems`, or nothing was compared.
@@ -147,6 +147,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     recipe: str = ""
     tolerances: dict[str, float] = {}
     activations: dict[str, float | None] = {}
+    runtime: str = ""
 
     def __post_init__(self) -> None:
         failed = failed_parts(self)

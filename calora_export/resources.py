@@ -1,4 +1,4 @@
-"""Where the files live that the package reads but does not import: recipes, device profiles, target folders.
+"""Where the files live that the package reads but does not import: recipes, device profiles, target folders; its cache.
 
 In an installed wheel they are in `_data` beside this module; in a checkout (or an editable install of one)
 there is no `_data`, and they are the folders of the same names at the repository's top.
@@ -6,6 +6,7 @@ there is no `_data`, and they are the folders of the same names at the repositor
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from calora_export.errors import RecipeError, mismatch
@@ -16,6 +17,11 @@ def root() -> Path:
     package = Path(__file__).resolve().parent
     data = package / "_data"
     return data if data.is_dir() else package.parent
+
+
+def cache() -> Path:
+    """Where what was built or fetched once is kept for the next time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calora-export"
 
 
 def recipes() -> dict[str, Path]:

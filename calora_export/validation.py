@@ -266,6 +266,7 @@ def _report(
         recipe=package.manifest.recipe,
         tolerances=_tolerances(limits, settings),
         activations=activations,
+        runtime=answer.runtime,
     )
     timing = answer.timing
     series = Series(

@@ -52,6 +52,10 @@ def test_devices_that_are_there_follow_the_profiles(monkeypatch: pytest.MonkeyPa
     adb.chmod(0o755)
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "config").write_text("Host board *.lan\n  HostName 10.0.0.7\nhost=pi !x\nMatch host y\n")
+    browser = tmp_path / "browser"
+    browser.write_text("#!/bin/sh\n[ $1 = --version ] && echo 'Chromium 156.0.1 built on Debian'\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("CALORA_BROWSER", str(browser))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("HOME", str(tmp_path))
     rows = catalogue.entries("devices")
@@ -62,6 +66,7 @@ def test_devices_that_are_there_follow_the_profiles(monkeypatch: pytest.MonkeyPa
         "adb:Y1": "no permissions: add a udev rule for it, or your user to the group plugdev",
         "ssh:board": "in ~/.ssh/config",
         "ssh:pi": "in ~/.ssh/config",
+        "browser": "Chromium 156",
     }
 
 

@@ -161,7 +161,7 @@ def test_inspect_as_json(tiny: Path, opened: Path) -> None:
 
 def test_bench_as_json(opened: Path) -> None:
     document = json.loads(call("bench", opened, "--json").stdout)
-    assert set(document) == {"package", "device", "arch", "emulated", "latency"}
+    assert set(document) == {"package", "device", "arch", "emulated", "runtime", "latency"}
     assert document["latency"]["decode_tok_s"] > 0 and document["latency"]["samples"] > 0
 
 

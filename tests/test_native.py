@@ -109,9 +109,9 @@ def test_the_key_is_of_names_contents_version_place_and_processor(
 
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native._cache() == tmp_path / "calora-export"
+    assert resources.cache() == tmp_path / "calora-export"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert native._cache() == Path.home() / ".cache" / "calora-export"
+    assert resources.cache() == Path.home() / ".cache" / "calora-export"
 
 
 # ── what cannot be built ────────────────────────────────────────────────────────────────────────────────────

@@ -45,7 +45,7 @@ from calora_export.report_page import (
     time_axis,
 )
 
-# The keys of `validate --json`, typed off the design, in its order; the last four are the report's own.
+# The keys of `validate --json`, typed off the design, in its order; the last six are the report's own.
 SCHEMA = {
     "package": None,
     "target": None,
@@ -83,6 +83,7 @@ SCHEMA = {
     "recipe": None,
     "tolerances": None,
     "activations": None,
+    "runtime": None,
 }
 
 BASE = ParityRow(

@@ -1,6 +1,7 @@
 """Where a package is run: one module per transport. A device only sees a Package.
 
 adb         a phone, by Android's debug bridge, with the native runner
+browser     a browser of this machine or of a phone, with a web page
 host        this machine, in a process of its own without torch
 reference   this machine, for Core ML: the saved file, operator by operator
 ssh         a board or another machine, with the native runner
@@ -20,6 +21,10 @@ from calora_export.package import Package
 
 Progress = Callable[[str], None]
 """Told what is going on, for people."""
+
+
+class Request(str):
+    """Progress that asks a person to do something: shown in a pipe too."""
 
 
 def silent(text: str) -> None:

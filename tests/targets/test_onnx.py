@@ -205,7 +205,8 @@ def test_int8_activations_stay_close_to_the_unrounded_base(unrouted: Path, packa
 # ── browsers ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_browsers_get_required_inputs_over_the_same_data(exported: Export, package: Path) -> None:
+def test_browsers_get_required_inputs_over_the_same_data(tiny: Path, exported: Export, variant: Variant) -> None:
+    package = variant(tiny, "onnx-int4", activations="float")
     web, native = OnnxFile(exported("onnx-web")), OnnxFile(package)
     slots = packages.load(web.package).manifest.slots
     names = {name for tensor in slots.tensors for name in (tensor.down, tensor.up)} | {"recovery"}

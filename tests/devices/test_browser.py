@@ -1,0 +1,412 @@
+"""`browser:` in a real Chromium: what it computes, and what breaks there.
+
+Every fault is a real one. Each ends in one line that names the device and the step, and leaves neither a process nor a
+file.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calora_export import devices, measuring, onnxruntime_web, pipeline
+from calora_export import package as packages
+from calora_export.adapters import Adapter
+from calora_export.devices import browser, host
+from calora_export.errors import DeviceError
+from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
+from calora_export.package import Package
+from calora_export.runtimes import onnx
+from tests.conftest import Export, Variant
+from tests.devices.beds import wait_for
+from tests.devices.sshd import free_port
+from tests.packages import copy_package, refresh
+from tests.tampering import adapter_file
+
+IDS = tuple(range(40, 60))
+SMALL = Job(threads=1, cases=(Case("base", {}, IDS, 16), Case("mix", {"alpha": 0.7, "beta": -0.4}, IDS, 16)))
+ENDLESS = Job(threads=1, timing=Timing("alpha", "beta", IDS, decode=100, rounds=10**6, swaps=1))
+
+
+class Chromium:
+    """The one that `--device browser` starts, and all that it could leave behind."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self._groups = scratch, set[int]()
+
+    def processes(self, kind: str = "") -> list[int]:
+        """Those that run, whose command line has this word."""
+        running: dict[int, tuple[bytes, int]] = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                status, _, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+                if status != "Z":
+                    running[int(process.name)] = (process / "cmdline").read_bytes(), int(group)
+        ours = {pid for pid, (words, _) in running.items() if f"{self.scratch}/".encode() in words}
+        self._groups |= {running[pid][1] for pid in ours}
+        ours |= {pid for pid, (_, group) in running.items() if group in self._groups}
+        return sorted(pid for pid in ours if kind.encode() in running[pid][0])
+
+    def main(self) -> int:
+        return self.processes("--headless")[0]
+
+    def nothing_is_left(self) -> None:
+        wait_for(lambda: not self.processes())
+        assert list(self.scratch.iterdir()) == []
+
+
+@pytest.fixture
+def chromium(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chromium]:
+    try:
+        browser._program()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    if not onnxruntime_web.is_here():
+        pytest.skip("ONNX Runtime Web is not in the cache: `make test` fetches it with npm")
+    scratch = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # a browser has sockets there, whose paths must be short
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    made = Chromium(scratch)
+    yield made
+    made.nothing_is_left()
+    scratch.rmdir()
+
+
+@pytest.fixture
+def web(exported: Export) -> Package:
+    return packages.load(exported("onnx-web"))
+
+
+def fault(package: Package, job: Job = SMALL, device: str = "browser") -> str:
+    with pytest.raises(DeviceError) as caught:
+        devices.run(device, package, job)
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith(f"{device}: "), line
+    return line.removeprefix(f"{device}: ")
+
+
+class Running:
+    """A job that does not end by itself, in a thread."""
+
+    def __init__(self, package: Package, device: str = "browser") -> None:
+        self.line, self._here = "", threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(device, package))
+        self._thread.start()
+        assert self._here.wait(60), self.line
+
+    def _run(self, device: str, package: Package) -> None:
+        try:
+            devices.run(device, package, ENDLESS, lambda line: self._here.set() if "running" in line else None)
+        except DeviceError as error:
+            self.line = str(error)
+
+    def end(self) -> str:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self.line
+
+
+# ── addresses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("address", "provider", "port"),
+    [
+        ("", "wasm", None),
+        ("webgpu", "webgpu", None),
+        ("listen", "wasm", 0),
+        ("listen:8080", "wasm", 8080),
+        ("webgpu:listen:8080", "webgpu", 8080),
+    ],
+)
+def test_addresses(address: str, provider: str, port: int | None) -> None:
+    made = browser.parse(address)
+    assert (made.provider, made.port) == (provider, port)
+    assert made.name == (f"browser:{address}" if address else "browser")
+
+
+@pytest.mark.parametrize("address", ["gpu", "listen:", "listen:x", "listen:70000", "listen:1:2", "listen:webgpu", ":"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        browser.parse(address)
+    expected = f"--device: browser:{address}: expected browser[:webgpu][:listen[:PORT]], found another form"
+    assert str(caught.value) == expected
+
+
+# ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_package_is_validated_in_a_browser(tiny: Path, exported: Export, tmp_path: Path, chromium: Chromium) -> None:
+    """Base, every adapter, the mix, the router's own choices, safety, tasks: as on the host."""
+    copy = copy_package(exported("onnx-web"), tmp_path / "package")
+    report = pipeline.validate(copy, tiny, "browser", lambda _: None)
+    assert report.passed, report.problems
+    assert {row.case.partition(":")[0] for row in report.parity} == {"base", "adapter", "mix", "route"}
+    assert (report.device.kind, report.device.emulated) == ("browser", False)
+    assert report.device.name.startswith("Chrom") and report.device.os.startswith("Linux")
+    count = measuring.threads()
+    assert report.latency.threads == count
+    assert f"WebAssembly, {count} thread{'s' if count > 1 else ''}, cross-origin isolated" in report.runtime
+    assert (report.latency.peak_rss_mb or 0) > 20, "Linux says what a process of Chromium takes"
+    page = (copy / "report" / "report.html").read_text()
+    assert report.runtime in page
+
+
+def test_everything_in_a_job_is_answered(web: Package, tmp_path: Path, chromium: Chromium) -> None:
+    forged = tmp_path / "forged.onnx_adapter"
+    foreign = Adapter("foreign", None, 1, np.zeros(1, bool), {})
+    onnx.encode_adapter(foreign, web.manifest.slots, "sha256:" + "5" * 64, forged)
+    job = Job(
+        threads=1,
+        cases=(*SMALL.cases, Case("alpha", {"alpha": 1.0}, IDS, 20), Case("none", {"alpha": 0.0}, IDS, 16)),
+        routes=((65, 66, 67), tuple(range(1, 90))),
+        completions=(Completion("alpha", (70, 71), 6), Completion("beta", (70, 71), 1)),
+        safety=Safety({"alpha": 1.0}, {"beta": 1.0}, IDS, str(forged)),
+        timing=Timing("alpha", "beta", IDS, decode=2, rounds=1, swaps=3),
+    )
+    made, expected = devices.run("browser", web, job), host.answer(web, job)
+    assert list(made.logits) == list(expected.logits)
+    for name, reference in expected.logits.items():
+        np.testing.assert_allclose(made.logits[name], reference, atol=1e-3)
+    assert np.array_equal(made.logits["none"], made.logits["base"]), "bit for bit"
+    assert np.abs(made.logits["alpha"] - made.logits["base"][-1]).max() > 0.1
+    np.testing.assert_allclose(made.answer.gates, expected.answer.gates, atol=1e-5)
+    assert made.answer.completions == expected.answer.completions
+    assert made.answer.safety == expected.answer.safety == SafetyTrace(aba=True, fresh=True, stale=True, refused=True)
+    timing = made.answer.timing
+    assert timing is not None and timing.load > 0
+    assert (len(timing.prefill), len(timing.swap), len(timing.first_token), len(timing.router)) == (1, 3, 3, 3)
+    assert {name: len(samples) for name, samples in timing.decode.items()} == {"base": 2, "adapter": 2, "mix2": 2}
+
+
+def test_its_own_adapter_is_no_forgery(web: Package, chromium: Chromium) -> None:
+    """And two equal mixes cannot prove that caches are apart."""
+    same = {"alpha": 1.0}
+    job = Job(threads=1, safety=Safety(same, same, IDS, str(adapter_file(web.path, "alpha"))))
+    assert devices.run("browser", web, job).answer.safety == SafetyTrace(True, True, stale=False, refused=False)
+
+
+def test_fp16_rows_are_scaled(tiny: Path, variant: Variant, chromium: Chromium) -> None:
+    package = packages.load(variant(tiny, "onnx-web", adapters="fp16"))
+    made, expected = devices.run("browser", package, SMALL), host.answer(package, SMALL)
+    np.testing.assert_allclose(made.logits["mix"], expected.logits["mix"], atol=1e-3)
+    assert np.abs(made.logits["mix"] - made.logits["base"]).max() > 1e-2
+
+
+def test_webgpu_by_software(web: Package, chromium: Chromium) -> None:
+    """Chromium's own stand-in for a GPU: the same numbers, and times that mean nothing."""
+    job = Job(threads=1, cases=(Case("base", {}, IDS[:8], 6), Case("mix", {"alpha": 0.7, "beta": -0.4}, IDS[:8], 6)))
+    made, expected = devices.run("browser:webgpu", web, job), host.answer(web, job)
+    for name, reference in expected.logits.items():
+        np.testing.assert_allclose(made.logits[name], reference, atol=1e-3)
+    assert "WebGPU on" in made.answer.runtime and made.answer.peak_rss is None
+    assert made.answer.emulated is ("swiftshader" in made.answer.runtime)
+
+
+def test_a_person_opens_the_page(web: Package, chromium: Chromium, tmp_path: Path) -> None:
+    """In a browser that this tool did not start; a second page is turned away."""
+    asked: list[str] = []
+
+    def open_page(line: str) -> None:
+        if isinstance(line, devices.Request):
+            asked.append(line)
+            url = next(word for word in line.split() if "localhost" in word)
+            command = [*browser._program(), "--headless=new", "--no-sandbox", "--remote-debugging-pipe"]
+            command += [f"--user-data-dir={tmp_path / 'own'}", url]
+            started.append(subprocess.Popen(["sh", "-c", browser.START, "sh", *command], stdin=subprocess.PIPE))
+        elif "running" in line:
+            url = next(word for word in asked[0].split() if "localhost" in word)
+            with pytest.raises(urllib.error.HTTPError, match="409"):
+                urllib.request.urlopen(f"{url}alive")
+
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        made = devices.run("browser:listen", web, SMALL, open_page)
+    finally:
+        for process in started:
+            process.communicate()
+    assert len(asked) == 1 and "adb reverse tcp:" in asked[0]
+    np.testing.assert_allclose(made.logits["mix"], host.answer(web, SMALL).logits["mix"], atol=1e-3)
+    assert made.answer.peak_rss is None, "a page is not told, and it may be another machine's"
+
+
+# ── it breaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_tab_is_closed(web: Package, chromium: Chromium, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("CALORA_BROWSER", f"{browser._program()[0]} --remote-debugging-port={port}")
+    running = Running(web)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+        (page,) = [target["id"] for target in json.load(answer) if target["type"] == "page"]
+    urllib.request.urlopen(f"http://127.0.0.1:{port}/json/close/{page}").close()
+    assert running.end() == "browser: run: the page was closed, or crashed"
+    chromium.nothing_is_left()
+    monkeypatch.delenv("CALORA_BROWSER")
+    devices.run("browser", web, SMALL)
+
+
+def test_the_page_crashes(web: Package, chromium: Chromium) -> None:
+    running = Running(web)
+    for pid in chromium.processes("--type=renderer"):
+        os.kill(pid, signal.SIGKILL)
+    assert running.end() == "browser: run: the page was closed, or crashed"
+
+
+def test_the_browser_is_killed(web: Package, chromium: Chromium) -> None:
+    running = Running(web)
+    os.kill(chromium.main(), signal.SIGKILL)
+    assert running.end() == "browser: run: the browser was killed by SIGKILL"
+
+
+def test_the_page_hangs(web: Package, chromium: Chromium, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, "LIMIT_S", 3)
+    running = Running(web)
+    for pid in chromium.processes("--type=renderer"):
+        os.kill(pid, signal.SIGSTOP)
+    assert running.end() == "browser: run: no answer after 3 s"
+
+
+def test_ctrl_c(web: Package, chromium: Chromium) -> None:
+    """As from a terminal, which interrupts the whole group of processes."""
+    command = [sys.executable, "-m", "calora_export", "bench", str(web.path), "--device", "browser"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: bool(chromium.processes("--type=renderer")))
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, "error: interrupted; nothing was changed\n")
+
+
+def test_this_machine_goes_away(web: Package, chromium: Chromium) -> None:
+    """Nobody is there to end the browser: it ends by itself. What it wrote stays, since nobody can remove it."""
+    command = [sys.executable, "-m", "calora_export", "bench", str(web.path), "--device", "browser"]
+    process = subprocess.Popen(command)
+    wait_for(lambda: bool(chromium.processes("--type=renderer")))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not chromium.processes())
+    for left in chromium.scratch.iterdir():
+        shutil.rmtree(left)
+
+
+def test_no_browser(web: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(browser, "MAC", tmp_path / "none")
+    expected = "Chromium: expected installed, found not (install Chromium or Chrome, or name it in CALORA_BROWSER)"
+    assert fault(web) == expected
+    assert browser.state() == f"not found: browser: {expected}"
+    monkeypatch.setenv("CALORA_BROWSER", "firefox-of-mine --quiet")
+    assert fault(web) == "firefox-of-mine: expected installed, found not (CALORA_BROWSER names it)"
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("echo first >&2; echo no display >&2; exit 3", "the browser ended with code 3: no display"),
+        ("kill -9 $$", "the browser was killed by SIGKILL"),
+        ("exec sleep 60", "no answer after 1 s"),
+    ],
+)
+def test_a_browser_that_never_opens_the_page(
+    web: Package, chromium: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, line: str
+) -> None:
+    program = tmp_path / "browser"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CALORA_BROWSER", str(program))
+    monkeypatch.setattr(browser, "START_S", 1)
+    assert fault(web) == f"connect: {line}"
+
+
+def test_why_a_browser_gives_up(
+    web: Package, chromium: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where temporary files lie too deep for its sockets."""
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    assert fault(web).startswith("connect: the browser was killed by SIGABRT: Socket path too long: ")
+
+
+def test_nobody_opens_the_page(web: Package, chromium: Chromium, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, "VISIT_S", 0.3)
+    assert fault(web, device="browser:listen") == "connect: no answer after 0.3 s"
+
+
+def test_a_port_that_is_taken(web: Package, chromium: Chromium) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        device = f"browser:listen:{taken.getsockname()[1]}"
+        assert fault(web, device=device) == "listen: Address already in use"
+
+
+@pytest.mark.parametrize("keep", [0, 5_000_000], ids=["empty", "cut off"])
+def test_broken_webassembly(
+    web: Package, chromium: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    runtime = Path(shutil.copytree(onnxruntime_web.directory(), tmp_path / "runtime"))
+    wasm = runtime / "ort-wasm-simd-threaded.wasm"
+    wasm.write_bytes(wasm.read_bytes()[:keep])
+    monkeypatch.setattr(onnxruntime_web, "directory", lambda: runtime)
+    assert fault(web).startswith("run: ")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "router.onnx", "adapters/alpha.onnx_adapter"])
+def test_a_damaged_file(web: Package, chromium: Chromium, tmp_path: Path, name: str) -> None:
+    copy = copy_package(web.path, tmp_path / "package")
+    (copy / name).write_bytes(b"of another kind")
+    refresh(copy)
+    job = Job(threads=1, cases=(Case("alpha", {"alpha": 1.0}, IDS, 16),), routes=((1, 2),))
+    what = name.removesuffix(".data").removeprefix("adapters/")
+    assert fault(packages.load(copy), job).startswith(f"run: {what}: ")
+
+
+def test_an_adapter_that_is_not_there(web: Package, chromium: Chromium) -> None:
+    job = Job(threads=1, cases=(Case("base", {"gamma": 1.0}, IDS, 16),))
+    assert fault(web, job) == "run: package.json: adapters: expected one of alpha, beta, found gamma"
+
+
+def test_a_package_for_another_runtime(package: Path) -> None:
+    expected = "recipe: expected onnx-web, or one like it, found onnx-int4 for onnx (export again)"
+    assert fault(packages.load(package)) == expected
+
+
+# ── the server ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_only_who_knows_the_secret_is_served(tmp_path: Path) -> None:
+    from calora_export.devices._page_server import PageServer
+
+    (tmp_path / "a.wasm").write_bytes(b"\0asm")
+    with PageServer("127.0.0.1", 0, {"a.wasm": tmp_path / "a.wasm"}, tmp_path) as server:
+        asked = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        found = {}
+        for path in (f"{server.path}a.wasm", "/a.wasm", f"{server.path}../a.wasm", f"{server.path}b", "/", ""):
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            found[path] = answer.status
+            if answer.status == 200:
+                assert answer.read() == b"\0asm" and answer.headers["Content-Type"] == "application/wasm"
+                assert answer.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+                assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            answer.read()
+        asked.close()
+    assert sorted(found.values()) == [200, 404, 404, 404, 404, 404]
