@@ -28,6 +28,7 @@ from calora_export import devices, measuring, onnxruntime_web, pipeline
 from calora_export import package as packages
 from calora_export.adapters import Adapter
 from calora_export.devices import browser, host
+from calora_export.devices._page_server import PageServer
 from calora_export.errors import DeviceError
 from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
 from calora_export.package import Package
@@ -366,7 +367,7 @@ def test_broken_webassembly(web: Package, chromium: Chromium, tmp_path: Path, mo
     wasm = runtime / "ort-wasm-simd-threaded.wasm"
     wasm.write_bytes(wasm.read_bytes()[:5_000_000])
     monkeypatch.setattr(onnxruntime_web, "directory", lambda: runtime)
-    assert fault(web).startswith("run: ")
+    assert fault(web).startswith("run: ONNX Runtime Web does not start: [wasm] RuntimeError: ")
 
 
 @pytest.mark.parametrize("name", ["model.onnx.data", "adapters/alpha.onnx_adapter"])
@@ -393,8 +394,6 @@ def test_a_package_for_another_runtime(package: Path) -> None:
 
 
 def test_only_who_knows_the_secret_is_served(tmp_path: Path) -> None:
-    from calora_export.devices._page_server import PageServer
-
     (tmp_path / "a.wasm").write_bytes(b"\0asm")
     with PageServer("127.0.0.1", 0, {"a.wasm": tmp_path / "a.wasm"}, tmp_path) as server:
         asked = http.client.HTTPConnection("127.0.0.1", server.server_port)
@@ -410,3 +409,42 @@ def test_only_who_knows_the_secret_is_served(tmp_path: Path) -> None:
             answer.read()
         asked.close()
     assert sorted(found.values()) == [200, 404, 404, 404, 404, 404]
+
+
+# ── in an app's own page ──────────────────────────────────────────────────────────────────────────────────────────────
+
+TOKENIZER = """
+export const encode = (text) => [...text].map((letter) => letter.charCodeAt(0));
+export const decode = (ids) => ids.join(" ");
+export const encodeForRouter = encode;
+"""
+ASK = """
+const prompt = document.querySelector("#prompt");
+prompt.value = "AB";
+await prompt.onchange({ target: prompt });
+await fetch("error", { method: "POST", body: document.querySelector("#answer").value });
+"""
+
+
+def test_the_page_of_the_documentation_runs(web: Package, chromium: Chromium, tmp_path: Path) -> None:
+    """As it is printed there, with the modules that it names; of letters it makes tokens more simply."""
+    text = (Path(browser.resources.root()) / "docs" / "browser.md").read_text()
+    page = text.partition("```html\n")[2].partition("```")[0]
+    names = ("session.js", "package.js", "adapter.js", "adapter_file.js", "errors.js")
+    assert ", ".join(names) in text
+    (tmp_path / "index.html").write_text(page.replace("</script>", ASK + "</script>"))
+    (tmp_path / "tokenizer.js").write_text(TOKENIZER)
+    own = browser.resources.target_dir("onnx") / "web"
+    files = {name: tmp_path / name for name in ("index.html", "tokenizer.js")}
+    files |= {f"calora/{name}": own / name for name in names}
+    files |= {f"ort/{name}": onnxruntime_web.directory() / name for name in onnxruntime_web.BUILDS["wasm"]}
+    files |= {f"package/{name}": web.path / name for name in ("package.json", *web.manifest.files)}
+    server = PageServer("127.0.0.1", 0, files, tmp_path)
+    with server, browser._started(browser._program(), browser.parse(""), server):
+        _, said = server.events.get(timeout=60)
+    ids = (65, 66)
+    (gates,) = host.answer(web, Job(threads=1, routes=(ids,))).answer.gates
+    assert web.manifest.router is not None
+    mix = {name: gate for name, gate in zip(web.manifest.router.spec.classes, gates, strict=True) if gate > 0}
+    forced = host.answer(web, Job(threads=1, cases=(Case("first", mix, ids, 2),))).logits["first"]
+    assert said.split()[0] == str(forced[0].argmax()), said

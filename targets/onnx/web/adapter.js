@@ -25,7 +25,8 @@ export function parseAdapter(bytes, file, pack, inputs) {
   if (stated?.type !== "uint8" || stated.data.length !== 32)
     throw refusal(file, name, "uint8 [32]", stated ? "another tensor" : "nothing");
   tensors.delete(name);
-  pack.requireFingerprint(file, `sha256:${[...stated.data].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`);
+  const digits = [...stated.data].map((byte) => byte.toString(16).padStart(2, "0"));
+  pack.requireFingerprint(file, `sha256:${digits.join("")}`);
   const up = inputs.find((input) => input.kind === "up" && tensors.has(input.name));
   const rank = up ? tensors.get(up.name).shape[0] : 0;
   for (const input of inputs) {
@@ -41,7 +42,7 @@ export function parseAdapter(bytes, file, pack, inputs) {
 
 const described = (type, shape) => `${type} [${shape.join(", ")}]`;
 
-/** Rows of all adapters side by side, gates folded into `up`, then zeros up to rank `least`. parts: [[adapter, gate], …] */
+/** parts: [[adapter, gate], …]. Their rows side by side, gates folded into `up`, then zeros up to rank `least`. */
 export function blend(parts, inputs, least = 0) {
   const rank = Math.max(least, parts.reduce((sum, [adapter]) => sum + adapter.rank, 0));
   const tensors = new Map();

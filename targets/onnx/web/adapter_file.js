@@ -55,7 +55,8 @@ function tensorsOf(bytes) {
     const data = start % type.size === 0
       ? new type.of(bytes.buffer, start, count)
       : new type.of(bytes.slice(raw.at, raw.at + raw.count).buffer);
-    tensors.set(new TextDecoder().decode(bytes.subarray(name.at, name.at + name.count)), { type: type.name, shape, data });
+    const text = new TextDecoder().decode(bytes.subarray(name.at, name.at + name.count));
+    tensors.set(text, { type: type.name, shape, data });
   }
   return tensors;
 }

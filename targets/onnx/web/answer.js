@@ -1,5 +1,6 @@
 /** A job's trace: the same job in and the same trace out as of the native runners (targets/runner/answer.cpp). */
 import { measure } from "./measuring.js";
+import { argmax } from "./session.js";
 
 /** What a session answers, told as it comes: `add` takes each case's logits in order, `say` all else so far. */
 export async function answer(session, job, load, { add, say }) {
@@ -32,13 +33,6 @@ async function complete(session, { adapter, ids, limit }) {
   for (let fed = ids; made.length < limit && !ends.includes(made.at(-1)); fed = [made.at(-1)])
     made.push(argmax(await session.extend(fed)));
   return made;
-}
-
-/** The first of the largest. */
-export function argmax(values) {
-  let best = 0;
-  for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;
-  return best;
 }
 
 async function checkSafety(session, { first, second, ids, forged }) {

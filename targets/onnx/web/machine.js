@@ -19,9 +19,13 @@ export async function machine() {
 /** The same from a user agent's string, whose processor and versions may be those of long ago. */
 function named(agent) {
   const browser = agent.match(/(Firefox|EdgA?|CriOS|FxiOS|Chrome|Version)\/([\d.]+)/);
-  const os = agent.match(/\(([^)]*)\)/)?.[1].split(";").map((part) => part.trim());
+  const system = agent.match(/\(([^)]*)\)/)?.[1].split(";").slice(0, 2).map((part) => part.trim());
   const name = browser?.[1] === "Version" ? "Safari" : browser?.[1];
-  return { device: browser ? `${name} ${browser[2]}` : "browser", arch: "unknown", os: os?.slice(0, 2).join(" ") ?? "unknown" };
+  return {
+    device: browser ? `${name} ${browser[2]}` : "browser",
+    arch: "unknown",
+    os: system?.join(" ") ?? "unknown",
+  };
 }
 
 /** The GPU that WebGPU offers: { name, software }; an error when it offers none. */

@@ -131,6 +131,23 @@ function cachesOf({ layers, kv_heads: heads, head_dim: width }) {
     })));
 }
 
+/** The first of the largest: what greedy generation takes. */
+export function argmax(logits) {
+  let best = 0;
+  for (let i = 1; i < logits.length; i++) if (logits[i] > logits[best]) best = i;
+  return best;
+}
+
+/** Compiles the runtime, so that this is not part of the time to load a package: it is refused only after that. */
+export async function start(ort, provider) {
+  try {
+    await ort.InferenceSession.create(new Uint8Array(1), { executionProviders: [provider] });
+  } catch (error) {
+    const [, reason] = firstLine(error).match(/^no available backend found. ERR: (.*)/) ?? [];
+    if (reason) throw new Error(`ONNX Runtime Web does not start: ${reason}`);
+  }
+}
+
 async function openGraph(ort, pack, file, provider, options = {}) {
   const outside = Object.keys(pack.manifest.files).filter((name) => name.startsWith(`${file}.`));
   const externalData = await Promise.all(outside.map(async (path) => ({ path, data: await pack.read(path) })));

@@ -1,10 +1,10 @@
-/** Runs a job in a thread of its own. Started by page.js; speaks with the server that served it (devices/browser.py). */
+/** Runs a job in a thread of its own, and speaks with the server that served it (calora_export/devices/browser.py). */
 import { answer } from "./answer.js";
 import { firstLine } from "./errors.js";
 import { gpu, machine } from "./machine.js";
 import { timed } from "./measuring.js";
 import { download } from "./package.js";
-import { Session } from "./session.js";
+import { Session, start } from "./session.js";
 
 const root = new URL("../", import.meta.url);
 const at = (path) => new URL(path, root);
@@ -23,6 +23,7 @@ async function work(provider) {
   ort.env.logLevel = "error";
   ort.env.wasm.wasmPaths = at("ort/").href;
   ort.env.wasm.numThreads = threads;
+  await start(ort, provider);
   const load = [];
   const session = await timed(load, () => Session.open(at("package/").href, { ort, provider }));
   postMessage({ loaded: true });
