@@ -507,18 +507,18 @@ def show_report(made: Report, directory: Path) -> None:
     )
     out.print()
     if made.tasks:
+        rounded = any(row.target is not None for row in made.tasks)
         show_rows(
             [
-                {
-                    "task": row.adapter,
-                    "metric": row.metric,
-                    "reference": number(row.reference),
-                    "device": number(row.device),
-                    "": "ok" if row.passed else "FAILED",
-                }
+                {"task": row.adapter, "metric": row.metric, "as trained": number(row.source)}
+                | ({"as rounded": number(row.target)} if rounded else {})
+                | {"device": number(row.device), "": "ok" if row.passed else "FAILED"}
                 for row in made.tasks
             ]
         )
+        if rounded:
+            costs = [(row.target or 0.0) - (row.source or 0.0) for row in made.tasks]
+            out.print(f"what the recipe rounded costs {sum(costs) / len(costs):+.2f} points on average")
         out.print()
     safety = {name: "yes" if getattr(made.safety, name) else "NO" for name in made.safety.__struct_fields__}
     out.print("  ".join(f"{name} {value}" for name, value in safety.items()))

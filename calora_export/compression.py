@@ -87,9 +87,9 @@ def describe(weight: DenseWeight | PackedWeight) -> str:
 
 
 def form(weight: DenseWeight | PackedWeight) -> str:
-    """A weight's form in short: `int4/32`, a group of 0 being a row; `uint` has zero points, `nf` a codebook. Behind it
-    how the base itself reads x, where it does."""
-    own = f" {weight.activations}" if weight.activations else ""
+    """A weight's form in short: `int4/32`, a group of 0 being a row; `uint` has zero points, `nf` a codebook; `a8`
+    that the base itself reads x in int8."""
+    own = " a8" if weight.activations == "int8_absmax" else ""
     if isinstance(weight, DenseWeight):
         return f"float{own}"
     kind = "int" if weight.codebook is None and weight.zero is None else "uint" if weight.codebook is None else "nf"

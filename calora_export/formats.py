@@ -55,7 +55,7 @@ def samples() -> dict[str, DenseWeight | PackedWeight]:
     return {
         "fp32, fp16, bf16": DenseWeight(dense),
         "int8, rows": packed(8, COLUMNS),
-        "int8, rows, int8 activations": replace(packed(8, COLUMNS), activations="int8_absmax"),
+        "int8, rows, W8A8": replace(packed(8, COLUMNS), activations="int8_absmax"),
         "int8, rows, zero points": shifted(packed(8, COLUMNS)),
         "int8, groups": packed(8, 32),
         "int8, groups, zero points": shifted(packed(8, 128, np.float16)),

@@ -143,9 +143,9 @@ def _refuse(target: str, module: str, weight: PackedWeight, held: PackedWeight) 
 
 
 def kept(weight: Weight, held: Weight) -> str:
-    """What holding a weight otherwise keeps of it: a signal-to-noise ratio, or all but how x is rounded."""
+    """What holding a weight otherwise keeps of it; all where only x is rounded otherwise."""
     decibel = sqnr(weight.dequantize(), held.dequantize())
-    return f"{decibel:.1f} dB" if decibel < 200 else "all weights, and rounds x otherwise"
+    return f"{decibel:.1f} dB" if decibel < 200 else "all weights"
 
 
 def _equal(a: PackedWeight, b: PackedWeight) -> bool:

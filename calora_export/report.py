@@ -85,13 +85,19 @@ class RouterRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class TaskRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One adapter's task score with the reference model and on the device."""
+    """One adapter's task score with the reference model and on the device.
+
+    `source` is torch's score with the bundle as trained, `target` that with what the recipe rounded, None where it
+    rounded nothing: between the two is what the recipe costs. `reference` is the one that the device is judged by.
+    """
 
     adapter: str
     metric: str
     reference: float | None
     device: float | None
     passed: bool
+    source: float | None = None
+    target: float | None = None
 
 
 class Swap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

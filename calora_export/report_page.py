@@ -205,8 +205,8 @@ def effect_axis(report: Report) -> Axis:
 
 def score_axis(report: Report) -> Axis:
     """From zero to one, or to the best score of a metric that exceeds it."""
-    scores = [score for task in report.tasks for score in (task.reference, task.device) if score is not None]
-    return Axis(0.0, max([1.0, *scores]))
+    scores = [score for task in report.tasks for score in (task.source, task.reference, task.target, task.device)]
+    return Axis(0.0, max([1.0, *(score for score in scores if score is not None)]))
 
 
 def time_axis(samples: Mapping[str, Sequence[float]]) -> Axis:

@@ -368,22 +368,22 @@ def _judge_tasks(
 
     That is the bundle as trained, unless the recipe quantised it: then the same model, quantised.
     """
-    judge = reference.target if quantised and reference.target is not None else reference.source
-    against = "target" if judge is reference.target else "source"
-    mixes = {adapter: reference.mix({adapter: 1.0}, against) for adapter in reference.adapters}
+    models = reference.models()
+    judge = "target" if quantised and "target" in models else "source"
+    mixes = {(name, adapter): reference.mix({adapter: 1.0}, name) for name in models for adapter in reference.adapters}
     tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
-    scores: dict[str, list[tuple[bool, bool]]] = {}
+    right: dict[str, list[dict[str, bool]]] = {}
     for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):
-        wanted = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-        on_device = made[:-1] == wanted and made[-1] in ends
-        in_torch = _completes(judge, mixes[adapter], tokenizer.encode(prompt).ids, wanted, ends)
-        scores.setdefault(adapter, []).append((in_torch, on_device))
+        wanted, ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids), tokenizer.encode(prompt).ids
+        found = {name: _completes(model, mixes[name, adapter], ids, wanted, ends) for name, model in models.items()}
+        found["device"] = made[:-1] == wanted and made[-1] in ends
+        right.setdefault(adapter, []).append(found)
     made_rows = []
-    for adapter, pairs in scores.items():
-        expected, found = (100 * float(np.mean([pair[i] for pair in pairs])) for i in range(2))
-        passed = abs(expected - found) <= points + 1e-9
+    for adapter, answers in right.items():
+        scores = {name: 100 * float(np.mean([answer[name] for answer in answers])) for name in answers[0]}
+        passed = abs(scores[judge] - scores["device"]) <= points + 1e-9
         made_rows.append(
-            TaskRow(adapter=adapter, metric="exact_match", reference=expected, device=found, passed=passed)
+            TaskRow(adapter=adapter, metric="exact_match", reference=scores[judge], passed=passed, **scores)
         )
     return tuple(made_rows)
 

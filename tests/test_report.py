@@ -64,7 +64,7 @@ SCHEMA = {
     ],
     "safety": ["aba_bit_identical", "kv_isolated", "wrong_base_refused"],
     "router": ["cases", "decisions_equal", "gates_max_abs", "accuracy"],
-    "tasks": ["adapter", "metric", "reference", "device", "passed"],
+    "tasks": ["adapter", "metric", "reference", "device", "passed", "source", "target"],
     "latency": [
         "load_ms",
         "swap_ms",

@@ -341,9 +341,8 @@ def test_validate_json_is_the_documented_document(copy: Path, tiny: Path) -> Non
     assert document["safety"] == SAFE
     assert set(document["router"]) == {"cases", "decisions_equal", "gates_max_abs", "accuracy"}
     assert {row["adapter"] for row in document["tasks"]} == {"alpha", "beta"}
-    assert all(
-        set(row) == {"adapter", "metric", "reference", "device", "passed"} for row in document["tasks"]
-    )
+    task = {"adapter", "metric", "reference", "device", "passed", "source", "target"}
+    assert all(set(row) == task and row["reference"] == row["source"] for row in document["tasks"])
     assert set(document["latency"]) == LATENCY and set(document["latency"]["swap_ms"]) == {"p50", "p90"}
     numbers = {name: value for name, value in document["latency"].items() if name != "swap_ms"}
     assert all(value is not None and value > 0 for value in numbers.values()), numbers

@@ -48,7 +48,7 @@ def _gptq(bits: int, group: int, symmetric: bool, act_order: bool, form: str = "
 
 SCHEMES: dict[str, Kept] = {
     "int8, rows": _tensors(8, 0, "int-quantized"),
-    "int8, rows, int8 activations": Kept(
+    "int8, rows, W8A8": Kept(
         _tensors(8, 0, "int-quantized").pack, {"scheme": "int8", "symmetric": True, "activations": "int8"}
     ),
     "int8, rows, zero points": Kept(

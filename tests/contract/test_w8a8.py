@@ -151,7 +151,7 @@ def test_a_kernel_that_rounds_otherwise_is_refused_unless_allowed(family: Family
         pipeline.export(family.bundle, tmp_path / "refused", "executorch-8da4w")
     package = pipeline.export(family.bundle, tmp_path / "package", "executorch-8da8w")
     changed = {entry.module: (entry.stored, entry.held) for entry in package.manifest.represented}
-    assert changed["model.layers.0.mlp.up_proj"] == ("int8/0 int8_absmax", "int8/0 int8_token")
+    assert changed["model.layers.0.mlp.up_proj"] == ("int8/0 a8", "int8/0")
 
 
 def test_activations_in_int8_are_for_symmetric_int8_rows(family: Family, tmp_path: Path) -> None:
