@@ -25,7 +25,7 @@ from pathlib import Path
 from calora_export import resources
 from calora_export.errors import DeviceError, mismatch
 
-LIBRARY, RUNNER, SYSTEM = "libcalora_kernels.so", "calora_runner", "system"
+RUNNER, SYSTEM = "calora_runner", "system"
 LOADERS = {"aarch64": "ld-linux-aarch64.so.1", "x86_64": "ld-linux-x86-64.so.2"}
 SYSTEM_LIBRARIES = (
     *("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"),
@@ -33,6 +33,7 @@ SYSTEM_LIBRARIES = (
 )
 # The Python package of each target that carries the runtime's libraries, and what CMake is told about them.
 RUNTIMES = {"executorch": "executorch", "onnx": "onnxruntime"}
+KERNELS = {"executorch": "libcalora_kernels.so", "onnx": "libcalora_onnx.so"}
 # A wheel for another processor than this machine's; any Python's has the same libraries.
 FOREIGN = ("--python-version", "3.11", "--implementation", "cp")
 _BUILDING = threading.Lock()
@@ -51,9 +52,9 @@ class Machine:
         return not self.options
 
 
-def kernels() -> Path:
-    """The shared library that registers calora::slot, for this machine; built on first use."""
-    return _built("kernels", "executorch", _machine(host_arch()), ("-DCALORA_RUNNER=OFF",), LIBRARY)
+def kernels(target: str) -> Path:
+    """The shared library of our operators for a target's runtime on this machine; built on first use."""
+    return _built(f"kernels-{target}", target, _machine(host_arch()), ("-DCALORA_RUNNER=OFF",), KERNELS[target])
 
 
 def runner(target: str, arch: str = "") -> Path:

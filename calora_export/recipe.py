@@ -68,9 +68,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapters: the dtype of adapter files. adapter_inputs: `optional` where the runtime has an adapter API, `required`
     where it has none (browsers), `functions` where each adapter becomes a function of the model (Neural Engine: no
     mixes, none added later). lengths: how many tokens a call may take where a compiler needs to know, 1 among them;
-    empty: any up to chunk. kernels: what attention and slots run on in an ExecuTorch app, `llm`: operators of its
-    LLM framework and calora::slot; `portable`: those of the plain SDK. joint_basis: compress plain LoRAs into a basis
-    of that many columns per site, which the package holds once (`joint_basis`).
+    empty: any up to chunk. kernels: whose operators a program calls: `stock`, those of the plain runtime; `calora`,
+    also ours for the slots, which an app links or loads, and in ExecuTorch its LLM framework's for attention.
+    joint_basis: compress plain LoRAs into a basis of that many columns per site, which the package holds once
+    (`joint_basis`).
     """
 
     target: str
@@ -85,7 +86,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapters: Literal["fp32", "fp16"] = "fp32"
     adapter_inputs: Literal["optional", "required", "functions"] = "optional"
     lengths: tuple[Annotated[int, Meta(ge=1)], ...] = ()
-    kernels: Literal["llm", "portable"] = "llm"
+    kernels: Literal["stock", "calora"] = "stock"
     joint_basis: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
 
     def rule(self, module: str) -> Rule:

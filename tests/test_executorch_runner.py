@@ -43,7 +43,7 @@ def runner(cmake: str) -> Path:
 
 @pytest.fixture(scope="session")
 def kernels(cmake: str) -> Path:
-    return native.kernels()
+    return native.kernels("executorch")
 
 
 @pytest.fixture(scope="session")
@@ -412,7 +412,7 @@ def _manifest(package: Path) -> dict[str, Any]:
         "schema_version": 1,
         "target": "executorch",
         "base_fingerprint": FINGERPRINT,
-        "settings": {"rank_budget": 8, "chunk": CHUNK, "kernels": "llm"},
+        "settings": {"rank_budget": 8, "chunk": CHUNK, "kernels": "calora"},
         "model": {"file": "model.pte", "vocab": VOCAB, "context": TOY_CONTEXT, "logits": "last", "eos": [END]},
         "slots": {"dtype": "fp16", "tensors": [slot]},
         "adapters": [{"id": name, "file": f"{name}.safetensors"} for name in RANKS],

@@ -59,7 +59,7 @@ def cached(source: Path) -> list[str]:
 def test_a_program_is_built_once_and_runs_from_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = native.runner("executorch")
     assert subprocess.run([program]).returncode == 42, "with the library that lies beside it"
-    assert {path.name for path in program.parent.iterdir()} == {native.RUNNER, native.LIBRARY, native.SYSTEM}
+    assert {path.name for path in program.parent.iterdir()} == {native.RUNNER, native.KERNELS["executorch"], native.SYSTEM}
     assert cached(source) == ["runner"]
     monkeypatch.setattr(native, "_run", lambda *_: pytest.fail("built again"))
     assert native.runner("executorch") == program
@@ -68,8 +68,8 @@ def test_a_program_is_built_once_and_runs_from_the_cache(source: Path, monkeypat
 @pytest.mark.usefixtures("cmake")
 def test_the_kernels_need_less_than_the_runner_does(source: Path) -> None:
     (source / "main.cpp").write_text("#error needs a library that is not installed\n")
-    library = native.kernels()
-    assert library.name == native.LIBRARY and cached(source) == ["kernels"]
+    library = native.kernels("executorch")
+    assert library.name == native.KERNELS["executorch"] and cached(source) == ["kernels"]
 
 
 @pytest.mark.usefixtures("cmake")

@@ -32,7 +32,7 @@ def prepare(package: Package) -> None:
     with quiet.libraries():
         import executorch.kernels.quantized
         import executorch.runtime  # noqa: F401
-    if package.manifest.settings.kernels == "portable":
+    if package.manifest.settings.kernels == "stock":
         return
     _register()
 
@@ -40,7 +40,7 @@ def prepare(package: Package) -> None:
 @functools.cache
 def _register() -> None:
     """Once: an operator that is registered again ends the process."""
-    kernels = native.kernels()
+    kernels = native.kernels("executorch")
     with quiet.libraries():
         from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
 
@@ -106,7 +106,7 @@ def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
 def adapter_inputs(rows: Rows, slots: Slots, kernels: str) -> list[Tensor]:
     """What the program takes of them: rows as a whole; or, to be multiplied where they are, every group's down
     [parts · R, in] and every site's up [1, R, out]."""
-    if kernels == "llm":
+    if kernels == "calora":
         return [rows.rows, rows.gate, rows.recovery]
     rank = len(rows.gate)
     shapes: list[tuple[int, ...]] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from calora_export import native
 from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 from calora_export.package import ModelInfo, Package, Slots
@@ -22,7 +23,9 @@ KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
 
 
 def prepare(package: Package) -> None:
-    """Nothing: importing this module has brought in the library."""
+    """Importing this module has brought in the library; operators of ours are built on first use."""
+    if package.manifest.settings.kernels == "calora":
+        native.kernels("onnx")
 
 
 def suffix() -> str:
@@ -137,7 +140,7 @@ class OnnxSession:
 
     def __init__(self, package: Package, threads: int) -> None:
         self._package, self._manifest, self._threads = package, package.manifest, threads
-        self._model = _open(package.path / self._manifest.model.file, threads)
+        self._model = _open(package.path / self._manifest.model.file, threads, self._manifest.settings.kernels)
         self._router: ort.InferenceSession | None = None
         self._shelf = Shelf(package, read_adapter, lambda adapter, slots: Tensors.of(arrange(adapter, slots)))
         self._cache = _Cache(self._manifest.model)
@@ -207,10 +210,12 @@ class _Cache:
             binding.bind_ortvalue_output(f"present.{name}", buffer)
 
 
-def _open(path: Path, threads: int) -> ort.InferenceSession:
+def _open(path: Path, threads: int, kernels: str = "stock") -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = QUIET  # one warning per overridable initializer otherwise
     options.intra_op_num_threads = threads
+    if kernels == "calora":
+        options.register_custom_ops_library(str(native.kernels("onnx")))
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

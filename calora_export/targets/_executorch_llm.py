@@ -26,7 +26,7 @@ class Operators:
         if 0 < attention.window < attention.context or attention.softcap:
             expected = "full attention without a cap, which is what llama::custom_sdpa computes"
             found = f"sliding_window {attention.window}, softcap {attention.softcap}"
-            hint = 'a recipe with kernels = "portable" has any'
+            hint = 'a recipe with kernels = "stock" has any'
             raise UnsupportedError(mismatch("base/config.json", "attention", expected, found, hint))
 
     def attention(self, q: Ref, k: Ref, v: Ref, attention: Attention) -> Ref:

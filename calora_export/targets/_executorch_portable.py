@@ -24,7 +24,7 @@ HIDDEN = 1e30  # taken off a score for each position that it is out of sight: so
 def adapter_inputs(tensors: Sequence[SlotTensor], dtype: str, rank: int) -> list[tuple[str, Shape]]:
     """Every matrix of the file by itself, in its order: down [parts · R, in] of a group, up [1, R, out] of each."""
     if dtype != "fp32":
-        raise RecipeError(mismatch("recipe", "adapters", "fp32, which is what portable kernels multiply", dtype))
+        raise RecipeError(mismatch("recipe", "adapters", "fp32, which is what stock kernels multiply", dtype))
     found: list[tuple[str, Shape]] = []
     for i, tensor in enumerate(tensors):
         if tensor.part == 0:

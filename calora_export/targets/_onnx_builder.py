@@ -11,6 +11,7 @@ import onnx_ir as ir
 OPSET = 21
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
+OURS = "calora"
 PAGE = 4096
 
 Dims = Sequence[int | str]
@@ -128,12 +129,13 @@ class Builder:
 
     def model(self, outputs: Sequence[ir.Value]) -> ir.Model:
         """The finished model."""
+        domains = {"": OPSET, CONTRIB: 1} | ({OURS: 1} if any(node.domain == OURS for node in self.nodes) else {})
         graph = ir.Graph(
             list(self.inputs.values()),
             outputs,
             nodes=self.nodes,
             initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, CONTRIB: 1},
+            opset_imports=domains,
             name="calora",
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="calora-export")

@@ -22,7 +22,7 @@ from calora_export.targets._executorch_steps import Bounds, Frame, Inside, Kind,
 from calora_export.targets._xnnpack import SEQUENCE, Shape, Subgraph
 
 MODEL, ROUTER = "model.pte", "router.pte"
-KINDS: Mapping[str, Kind] = {"llm": _executorch_llm, "portable": _executorch_portable}
+KINDS: Mapping[str, Kind] = {"calora": _executorch_llm, "stock": _executorch_portable}
 LONGEST_TEXT = 4096  # tokens that a router reads at once
 
 
@@ -75,7 +75,7 @@ def _facts(graph: Graph, longest: int, recipe: Recipe, origin: Origin) -> dict[s
         "get_n_layers": [graph.shape.layers],
         "enable_dynamic_shape": [True],
         "use_kv_cache": [True],
-        "use_sdpa_with_kv_cache": [recipe.kernels == "llm"],
+        "use_sdpa_with_kv_cache": [recipe.kernels == "calora"],
         "get_eos_ids": origin.eos,
     }
     return facts if origin.bos is None else facts | {"get_bos_id": [origin.bos]}

@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -25,11 +26,12 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import Origin, _genai, _nodes, _onnx_weights
+from calora_export.targets import Origin, _genai, _nodes, _onnx_fusions, _onnx_weights
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
-from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
+from calora_export.targets._onnx_builder import CONTRIB, OPSET, OURS, Builder, DataFile, named
 
 MODEL = "model.onnx"
+SLOTS = 3  # that an operator of ours takes at most
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
 
 
@@ -89,6 +91,14 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for."""
+
+    down: ir.Value
+    ups: Mapping[int, ir.Value]
+
+
 class _Lowering:
     """One walk over the traced graph."""
 
@@ -100,9 +110,10 @@ class _Lowering:
         self.members: dict[tuple[Node, int], ir.Value] = {}
         self.shared: dict[str, ir.Value] = {}
         self.calls, self.results = _nodes.calls(graph), _nodes.results(graph)
-        self.norm_of = _norms_after_add(self.calls)
         self.weights = cache(lambda node: _nodes.weights(graph, self.roles, node))
-        self.packed = self._packed_projections()
+        self.norm_of = _onnx_fusions.norms_after_add(self.calls)
+        self.packed = _onnx_fusions.packed_projections(self.calls, self.weights)
+        self.units = _onnx_fusions.gated_units(self.calls, self.weights) if recipe.kernels == "calora" else {}
         self.tables = {
             self.roles[_nodes.node(n.args[1]).name] for n in self.calls if n.target is CALORA.embedding.default
         }
@@ -129,8 +140,10 @@ class _Lowering:
         """What the lowering of a node reads, given what is fused away."""
         if node.target is CALORA.attention.default:
             if node in self.packed:
-                return [self.packed[node][0]]
+                return [self.packed[node]]
             return [_nodes.heads(arg)[0] for arg in node.args[:3]]
+        if node in self.units:
+            return [self.units[node]]
         return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
 
     def _lower(self, node: Node) -> None:
@@ -175,52 +188,49 @@ class _Lowering:
             self.build.default(value, np.zeros(sizes, dtype.numpy()))
         return value
 
-    def _adapter_matrix(self, name: str, shape: Sequence[int | str]) -> ir.Value:
-        if self.recipe.adapters == "fp32":
-            return self._adapter_input(name, shape, ir.DataType.FLOAT)
-        half = self._adapter_input(name, shape, ir.DataType.FLOAT16)
-        return self.build.emit("Cast", half, to=int(ir.DataType.FLOAT))
-
     # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def _packed_projections(self) -> dict[Node, tuple[Node, tuple[int, ...]]]:
-        """Attention nodes whose q, k and v are the three outputs of one `linears`: these become one matmul."""
-        packed: dict[Node, tuple[Node, tuple[int, ...]]] = {}
-        for node in self.calls:
-            if node.target is not CALORA.attention.default:
-                continue
-            sources = [_nodes.heads(arg) for arg in node.args[:3]]
-            if not all(flat and source.target is operator.getitem for source, flat in sources):
-                continue
-            linears = {_nodes.node(source.args[0]) for source, _ in sources}
-            first = next(iter(linears))
-            alike = len({weight.layout for weight in self.weights(first)}) == 1 and not any(_nodes.masks(first))
-            if (
-                len(linears) == 1
-                and len(self.weights(first)) == 3
-                and alike
-                and len(_nodes.items(first.args[4])) in (0, 3)
-            ):
-                packed[node] = (first, tuple(_nodes.integer(source.args[1]) for source, _ in sources))
-        return packed
-
     def lower_linears(self, node: Node) -> None:
-        x, weights = self.value(node.args[0]), self.weights(node)
-        deltas = self._deltas(x, node)
-        own = node.args[9] == W8A8
-        x = self._rounded(x) if own else x
-        order = next((order for source, order in self.packed.values() if source is node), None)
-        if order is not None:
-            y = self._matmul(x, [weights[i] for i in order], own)
-            if deltas:
-                y = self.build.emit("Add", y, self.build.emit("Concat", *[deltas[i] for i in order], axis=-1))
-            self.values[node] = y
-            return
-        for i, weight in enumerate(weights):
-            y = self._matmul(x, [weight], own)
-            mask = _nodes.masks(node)[i]
-            y = y if mask is None else self.build.emit("Mul", y, self.value(mask))
-            self.members[node, i] = self.build.emit("Add", y, deltas[i]) if i in deltas else y
+        x, weights, rows = self.value(node.args[0]), self.weights(node), self._rows(node)
+        rounded = node.args[9] == W8A8
+        read = self._rounded(x) if rounded else x
+        packed, unit = node in self.packed.values(), node in self.units.values()
+        if packed or unit:
+            ys = [self._matmul(read, weights, rounded)]
+        else:
+            masks = [None if mask is None else self.value(mask) for mask in _nodes.masks(node)]
+            products = [self._matmul(read, [weight], rounded) for weight in weights]
+            pairs = zip(products, masks, strict=True)
+            ys = [y if mask is None else self.build.emit("Mul", y, mask) for y, mask in pairs]
+        if rows is not None and self.recipe.kernels == "calora":
+            ys = self._add_slots(x, rows, ys, unit)
+        elif rows is not None:
+            ys = self._add_deltas(x, rows, ys)
+        if packed or unit:
+            self.values[node] = ys[0]
+        else:
+            self.members.update({(node, i): y for i, y in enumerate(ys)})
+
+    def _add_slots(self, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value], unit: bool) -> Sequence[ir.Value]:
+        """The group's slots as one operator of ours, which also does what comes after the linears of a gated unit."""
+        together = len(ys) == 1
+        recovery = self.build.inputs["recovery"] if self.graph.recovery else None
+        sums = ys if together else [ys[i] for i in rows.ups]
+        inputs = [x, rows.down, recovery, *rows.ups.values(), *[None] * (SLOTS - len(rows.ups)), *sums]
+        if unit:
+            return self.build.emit_many("SlotGlu", *inputs, outputs=2, domain=OURS)[:1]
+        sums = self.build.emit_many("Slot", *inputs, outputs=len(sums), domain=OURS)
+        if together:
+            return sums
+        changed = dict(zip(rows.ups, sums, strict=True))
+        return [changed.get(i, y) for i, y in enumerate(ys)]
+
+    def _add_deltas(self, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        """The group's slots as operators of the runtime."""
+        deltas = self._deltas(x, rows)
+        if len(ys) < len(deltas):
+            return [self.build.emit("Add", ys[0], self.build.emit("Concat", *deltas.values(), axis=-1))]
+        return [self.build.emit("Add", y, deltas[i]) if i in deltas else y for i, y in enumerate(ys)]
 
     def _rounded(self, x: ir.Value) -> ir.Value:
         """x as W8A8 reads it, in floats: each position in 127 steps either way (`ops.round_activations`)."""
@@ -239,29 +249,38 @@ class _Lowering:
     def _is_table(self, weight: Weight) -> bool:
         return any(_nodes.short(table) == weight.name for table in self.tables)
 
-    def _deltas(self, x: ir.Value, node: Node) -> dict[int, ir.Value]:
-        """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
+    def _rows(self, node: Node) -> _Rows | None:
+        """Declare what an adapter file holds for a group of linears: one `down`, and one `up` for each slot."""
         members = _nodes.slot_sites(self.roles, node)
         if not members:
-            return {}
+            return None
         sites = [site for _, site in members]
         count, slots = len(sites), {slot.site: slot for slot in self.graph.slots}
         features = slots[sites[0]].inputs
         prefix = "+".join([sites[0], *(site.split(".")[-1] for site in sites[1:])])
-        rank = "rank" if count == 1 else f"rank_{count}"
-        down = self._adapter_matrix(f"{prefix}.down", [rank, features])
-        rows = self.build.emit("FusedMatMul", x, down, domain=CONTRIB, transB=1)
+        dtype = ir.DataType.FLOAT if self.recipe.adapters == "fp32" else ir.DataType.FLOAT16
+        down = self._adapter_input(f"{prefix}.down", ["rank" if count == 1 else f"rank_{count}", features], dtype)
+        ups: dict[int, ir.Value] = {}
+        for i, (member, site) in enumerate(members):
+            outputs = slots[site].outputs
+            ups[member] = self._adapter_input(f"{site}.up", ["rank", outputs], dtype)
+            self.tensors.append(SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, outputs))
+        return _Rows(down, ups)
+
+    def _deltas(self, x: ir.Value, rows: _Rows) -> dict[int, ir.Value]:
+        """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
+        count = len(rows.ups)
+        h = self.build.emit("FusedMatMul", x, self._floats(rows.down), domain=CONTRIB, transB=1)
         if self.graph.recovery:
-            rows = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", rows), rows)
-        parts = [rows] if count == 1 else self._split_rows(rows, count)
-        deltas: dict[int, ir.Value] = {}
-        for i, ((member, site), part) in enumerate(zip(members, parts, strict=True)):
-            up = self._adapter_matrix(f"{site}.up", ["rank", slots[site].outputs])
-            deltas[member] = self.build.emit("MatMul", part, up)
-            self.tensors.append(
-                SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, slots[site].outputs)
-            )
-        return deltas
+            h = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", h), h)
+        parts = [h] if count == 1 else self._split_rows(h, count)
+        return {
+            member: self.build.emit("MatMul", part, self._floats(up))
+            for (member, up), part in zip(rows.ups.items(), parts, strict=True)
+        }
+
+    def _floats(self, rows: ir.Value) -> ir.Value:
+        return rows if self.recipe.adapters == "fp32" else self.build.emit("Cast", rows, to=int(ir.DataType.FLOAT))
 
     def lower_experts(self, node: Node) -> None:
         """LpNormalization, as torch's normalize, makes no NaN of zeros."""
@@ -338,7 +357,7 @@ class _Lowering:
         rotary = _nodes.node(cos).meta["val"].numel() > 0
         heads, kv_heads = _nodes.head_counts(node)
         if node in self.packed:
-            projections: list[ir.Value | None] = [self.values[self.packed[node][0]], None, None]
+            projections: list[ir.Value | None] = [self.values[self.packed[node]], None, None]
         else:
             projections = [self._flat_heads(arg) for arg in qkv]
         made = self.build.emit_many(
@@ -386,7 +405,8 @@ class _Lowering:
         return self.build.emit(op, *sides)
 
     def lower_mul(self, node: Node) -> None:
-        self.values[node] = self._binary("Mul", node)
+        fused = self.units.get(node)
+        self.values[node] = self._binary("Mul", node) if fused is None else self.values[fused]
 
     def lower_div(self, node: Node) -> None:
         self.values[node] = self._binary("Div", node)
@@ -436,18 +456,6 @@ class _Lowering:
 
     def lower_same(self, node: Node) -> None:
         self.values[node] = self.value(node.args[0])
-
-
-def _norms_after_add(calls: Sequence[Node]) -> dict[Node, Node]:
-    """Residual additions whose sum goes through an RMS norm: add → norm."""
-    fused: dict[Node, Node] = {}
-    for node in calls:
-        source = node.args[0] if node.target is CALORA.rms_norm.default else None
-        if isinstance(source, Node) and source.target is ATEN.add.Tensor:
-            shapes = [arg.meta["val"].shape for arg in source.args if isinstance(arg, Node)]
-            if len(shapes) == 2 and shapes[0] == shapes[1]:
-                fused.setdefault(source, node)
-    return fused
 
 
 _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {

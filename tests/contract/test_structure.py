@@ -22,7 +22,7 @@ RECIPES = (
     ("torch-fp32", {}),
     ("onnx-fp32", {}),
     ("executorch-fp32", {}),
-    ("executorch-fp32", {"kernels": "portable"}),
+    ("executorch-fp32", {"kernels": "stock"}),
     ("coreml-fp16", {}),
     ("coreml-multifunction", {}),
 )

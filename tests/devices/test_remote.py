@@ -7,6 +7,7 @@ a re-run works.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -366,14 +367,15 @@ def test_the_runtimes_functions_are_where_its_header_has_them(phone_files: Path,
     """The ONNX Runtime runner declares what it calls; a wrong place in the table would call another function."""
     include = phone_files / "headers" / "usr" / "include" / "onnxruntime"
     declared = Path(native.resources.target_dir("onnx")) / "runner" / "ort.h"
-    names = [line.split("(*")[1].split(")")[0] for line in declared.read_text().splitlines() if "(*" in line]
-    names = [name for name in names if name]
-    assert "Run" in names and "CreateLoraAdapter" in names and len(names) > 20
-    checks = "\n".join(
-        f"static_assert(offsetof(OrtApi, {name}) == offsetof(calora::ort::Api, {name}));" for name in names
-    )
+    checks = []
+    for ours, theirs in (("Api", "OrtApi"), ("CustomOp", "OrtCustomOp")):
+        body = declared.read_text().split(f"struct {ours} {{")[1].split("\n};")[0]
+        names = re.findall(r"\(\*(\w+)\)", body)
+        assert len(names) > 20
+        checks += [f"offsetof({theirs}, {name}) == offsetof(calora::ort::{ours}, {name})" for name in names]
     source = tmp_path / "places.cpp"
-    source.write_text(f"#include <onnxruntime_c_api.h>\n#include <cstddef>\n#include <ort.h>\n{checks}\n")
+    asserted = "\n".join(f"static_assert({check});" for check in checks)
+    source.write_text(f"#include <onnxruntime_c_api.h>\n#include <cstddef>\n#include <ort.h>\n{asserted}\n")
     command = ["c++", "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{declared.parent}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ def portable(families: Families, variant: Variant) -> Export:
 
     def export(name: str) -> Path:
         if name not in made:
-            made[name] = variant(families(name).bundle, "executorch-fp32", kernels="portable")
+            made[name] = variant(families(name).bundle, "executorch-fp32", kernels="stock")
         return made[name]
 
     return export
@@ -93,7 +93,7 @@ def test_recovery_rows_and_mixes_equal_the_formula(
 
 def test_chunks_of_a_prompt_see_each_other(families: Families, variant: Variant) -> None:
     """Chunks of 5 behind what is cached, and windows that reach back over their borders."""
-    package = variant(families("gemma2").bundle, "executorch-fp32", kernels="portable", chunk=5)
+    package = variant(families("gemma2").bundle, "executorch-fp32", kernels="stock", chunk=5)
     ids = tokens(PREFILL + STEPS)
     expected = steps(families("gemma2").logits(ids))
     np.testing.assert_allclose(run(package, {}, ids[0].tolist()), expected, atol=1e-4)
@@ -102,7 +102,7 @@ def test_chunks_of_a_prompt_see_each_other(families: Families, variant: Variant)
 def test_rows_up_to_the_whole_context_and_budget(families: Families, variant: Variant) -> None:
     """What is reserved is enough: a prefill as long as the context, a mix as wide as the budget."""
     llama = families("llama")
-    package = variant(llama.bundle, "executorch-fp32", kernels="portable", rank_budget=14)
+    package = variant(llama.bundle, "executorch-fp32", kernels="stock", rank_budget=14)
     context = packages.load(package).manifest.model.context
     ids, mix = tokens(context), {"one": 0.5, "two": 0.5}
     parts = [(adapter, 0.5) for adapter in caloras("llama", llama.hf).values()]
@@ -126,7 +126,7 @@ def test_rank_0_is_the_base_bit_for_bit(exported: Export) -> None:
     session.extend(IDS)
     session.select({})
     none = runtime.Rows(*(torch.zeros(0) for _ in range(3)))
-    inputs = runtime.adapter_inputs(none, manifest.slots, "portable")
+    inputs = runtime.adapter_inputs(none, manifest.slots, "stock")
     forward, adapted = file.load("forward"), file.load("adapted")
     start = [torch.tensor([IDS]), torch.tensor([0])]
     expected = forward(start)[0].clone()
@@ -144,7 +144,7 @@ def test_every_operator_is_a_stock_one(exported: Export, method: str) -> None:
     assert found["aten::bmm"] == 2 * LAYERS + (method == "adapted") * 3 * LAYERS  # up of q, v and down
 
 
-@pytest.mark.parametrize(("kind", "recipe"), [("llm", "executorch-8da4w"), ("portable", RECIPE)])
+@pytest.mark.parametrize(("kind", "recipe"), [("calora", "executorch-8da4w"), ("stock", RECIPE)])
 def test_the_documented_operators_are_those_of_the_programs(exported: Export, kind: str, recipe: str) -> None:
     """docs/executorch.md: a row may name several, of which a program has one."""
     table = [re.findall(r"`([^`]+)`", row[0]) + [row[column(kind)]] for row in documented()]
@@ -157,7 +157,7 @@ def test_the_documented_operators_are_those_of_the_programs(exported: Export, ki
 
 
 def column(kind: str) -> int:
-    return {"llm": 3, "portable": 4}[kind]
+    return {"calora": 3, "stock": 4}[kind]
 
 
 def documented() -> list[list[str]]:
@@ -208,7 +208,7 @@ def test_an_adapter_is_read_where_it_is_mapped(exported: Export) -> None:
     """Every input is a part of the file's rows, and together they are all of them, in order."""
     package = packages.load(exported(RECIPE))
     rows, _ = runtime.read_adapter(package.path / package.adapter("alpha").file, package.manifest.slots)
-    matrices = runtime.adapter_inputs(rows, package.manifest.slots, "portable")[:-2]
+    matrices = runtime.adapter_inputs(rows, package.manifest.slots, "stock")[:-2]
     place = rows.rows.data_ptr()
     for matrix in matrices:
         assert matrix.is_contiguous() and matrix.data_ptr() == place
@@ -218,5 +218,5 @@ def test_an_adapter_is_read_where_it_is_mapped(exported: Export) -> None:
 
 def test_half_precision_adapters_are_refused(tiny: Path, variant: Variant) -> None:
     with pytest.raises(RecipeError) as caught:
-        variant(tiny, "executorch-fp32", kernels="portable", adapters="fp16")
-    assert str(caught.value) == "recipe: adapters: expected fp32, which is what portable kernels multiply, found fp16"
+        variant(tiny, "executorch-fp32", kernels="stock", adapters="fp16")
+    assert str(caught.value) == "recipe: adapters: expected fp32, which is what stock kernels multiply, found fp16"

@@ -39,6 +39,7 @@ namespace avx2 {
 CALORA_TARGET(CALORA_AVX2)
 using Lanes = Avx2;
 #include "tiles.h"
+#include "exponential.h"
 #include "attention_kernel.h"
 CALORA_TARGET_END
 } // namespace avx2
@@ -47,6 +48,7 @@ namespace avx512 {
 CALORA_TARGET(CALORA_AVX512)
 using Lanes = Avx512;
 #include "tiles.h"
+#include "exponential.h"
 #include "attention_kernel.h"
 CALORA_TARGET_END
 } // namespace avx512
@@ -59,6 +61,7 @@ using Lanes = Neon;
 using Lanes = Plain;
 #endif
 #include "tiles.h"
+#include "exponential.h"
 #include "attention_kernel.h"
 } // namespace baseline
 

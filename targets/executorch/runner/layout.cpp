@@ -21,8 +21,8 @@ Layout Layout::of(const Package& package) {
   require_value("model.logits", "last", package.manifest.object("model").text("logits"));
   const Fields settings = package.manifest.object("settings"), slots = package.manifest.object("slots");
   layout.rank_budget = settings.integer("rank_budget");
-  layout.portable = settings.text("kernels") == "portable";
-  if (!layout.portable) require_value("settings.kernels", "llm", settings.text("kernels"));
+  layout.portable = settings.text("kernels") == "stock";
+  if (!layout.portable) require_value("settings.kernels", "calora", settings.text("kernels"));
   layout.half = slots.text("dtype") == "fp16";
   if (!layout.half) require_value("slots.dtype", "fp32", slots.text("dtype"));
   layout.groups = groups_of(slots, layout.elements);

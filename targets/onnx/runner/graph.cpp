@@ -1,5 +1,7 @@
 #include "graph.h"
 
+#include "kernels.h"
+
 namespace calora {
 namespace {
 
@@ -52,6 +54,7 @@ Graph::Graph(const std::filesystem::path& path, int64_t threads) : file_(path.fi
   const ort::OptionsHandle owner(options);
   ort::require(ort::api().SetSessionLogSeverityLevel(options, quiet), file_);
   ort::require(ort::api().SetIntraOpNumThreads(options, int(threads)), file_);
+  ort::require(ort::register_kernels(ort::api(), options), file_);
   ort::Session* session = nullptr;
   ort::require(ort::api().CreateSession(environment(), path.c_str(), options, &session), file_);
   session_.reset(session);

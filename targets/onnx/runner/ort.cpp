@@ -9,11 +9,6 @@ namespace {
 
 constexpr const char* library = "libonnxruntime.so.1";
 
-struct ApiBase {
-  const Api* (*GetApi)(uint32_t version);
-  const char* (*GetVersionString)();
-};
-
 const Api& open() {
   void* const opened = ::dlopen(library, RTLD_NOW | RTLD_LOCAL);
   if (!opened) throw refusal(library, "library", "beside this program", ::dlerror());

@@ -19,7 +19,7 @@ CALORA_INLINE void dots_tile(
     typename Lanes::V row[N];
     for (int n = 0; n < N; ++n) {
       row[n] = Lanes::load(rows + n * ldr + k);
-      if (M == 1) __builtin_prefetch(rows + n * ldr + k + ahead / sizeof(T));
+      if (M == 1) __builtin_prefetch(rows + (n + 4) * ldr + k); // what the next tile reads
     }
     for (int m = 0; m < M; ++m) {
       const typename Lanes::V value = Lanes::load(x + m * ldx + k);

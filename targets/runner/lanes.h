@@ -6,7 +6,7 @@
 // does not assume: the library must run on every x86-64, and picks at run time.
 #pragma once
 
-#include <executorch/runtime/core/exec_aten/exec_aten.h>
+#include "half.h"
 
 #include <cstdint>
 
@@ -27,8 +27,6 @@
 #endif
 
 namespace calora {
-
-using Half = executorch::aten::Half;
 
 #if defined(__aarch64__)
 

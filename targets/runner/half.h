@@ -17,6 +17,12 @@ inline float from_half(uint16_t half) {
   return sign ? -subnormal : subnormal;
 }
 
+/// An fp16 number in memory.
+struct Half {
+  uint16_t bits;
+  operator float() const { return from_half(bits); }
+};
+
 /// To the nearest; of two, to the even one.
 inline uint16_t to_half(float value) {
   uint32_t bits;

@@ -1,0 +1,230 @@
+#include "kernels.h"
+
+#include "operators.h"
+
+#include <array>
+
+namespace calora::ort {
+namespace {
+
+/// The table of the runtime that this library is registered with: a process has one.
+const Api* runtime = nullptr;
+
+constexpr size_t most = 3;
+enum Input : size_t { X, DOWN, RECOVERY, UP, Y = UP + most, INPUTS = Y + most };
+
+/// Why a call fails; `guarded` hands it to the runtime.
+struct Refused {
+  Status* status;
+};
+
+void check(Status* status) {
+  if (status) throw Refused{status};
+}
+
+void expect(bool holds, const char* what) {
+  constexpr int invalid_argument = 2;
+  if (!holds) throw Refused{runtime->CreateStatus(invalid_argument, what)};
+}
+
+/// An input or output of a call; without dimensions: the node leaves it out.
+struct Tensor {
+  void* data = nullptr;
+  Type type = any;
+  std::array<int64_t, 3> sizes{};
+  size_t dimensions = 0;
+
+  explicit operator bool() const { return dimensions > 0; }
+  int64_t last() const { return sizes[dimensions - 1]; }
+  int64_t rows() const { return dimensions == 3 ? sizes[0] * sizes[1] : sizes[0]; }
+  float* floats() const { return static_cast<float*>(data); }
+  bool is(Type kind, size_t count) const { return type == kind && dimensions == count; }
+};
+
+Tensor read(const Value* value) {
+  Tensor tensor;
+  if (!value) return tensor;
+  check(runtime->GetTensorMutableData(const_cast<Value*>(value), &tensor.data));
+  TensorInfo* info = nullptr;
+  check(runtime->GetTensorTypeAndShape(value, &info));
+  Status* failed = runtime->GetTensorElementType(info, &tensor.type);
+  if (!failed) failed = runtime->GetDimensionsCount(info, &tensor.dimensions);
+  const bool fits = tensor.dimensions > 0 && tensor.dimensions <= tensor.sizes.size();
+  if (!failed && fits) failed = runtime->GetDimensions(info, tensor.sizes.data(), tensor.dimensions);
+  runtime->ReleaseTensorTypeAndShapeInfo(info);
+  check(failed);
+  expect(fits, "a tensor of 1 to 3 dimensions");
+  return tensor;
+}
+
+Tensor input(const KernelContext* context, size_t index) {
+  const Value* value = nullptr;
+  check(runtime->KernelContext_GetInput(context, index, &value));
+  return read(value);
+}
+
+Tensor output(KernelContext* context, size_t index, const std::array<int64_t, 3>& sizes) {
+  Value* value = nullptr;
+  check(runtime->KernelContext_GetOutput(context, index, sizes.data(), sizes.size(), &value));
+  return read(value);
+}
+
+Threads threads(KernelContext* context) {
+  return {context, [](void* pool, void (*task)(void*, size_t), size_t count, void* data) {
+            check(runtime->KernelContext_ParallelFor(static_cast<KernelContext*>(pool), task, count, 0, data));
+          }};
+}
+
+/// What the slots of a node read. Shapes are checked: adapters come from files.
+struct Slots {
+  Tensor x, down, recovery;
+  std::array<Tensor, most> ups, ys;
+  size_t count = 0, y_count = 0;
+
+  explicit Slots(const KernelContext* context)
+      : x(input(context, X)), down(input(context, DOWN)), recovery(input(context, RECOVERY)) {
+    while (count < most && (ups[count] = input(context, UP + count))) ++count;
+    while (y_count < count && (ys[y_count] = input(context, Y + y_count))) ++y_count;
+    expect(count > 0 && (y_count == 1 || y_count == count), "one y, or as many as up");
+    expect(x.is(fp32, 3), "x: fp32 [batch, positions, in]");
+    const Type kind = down.type == fp16 ? fp16 : fp32;
+    expect(down.is(kind, 2) && down.last() == x.last() && down.rows() == int64_t(count) * rank(),
+           "down: fp16 or fp32 [linears · rank, in]");
+    expect(!recovery || (recovery.is(fp32, 1) && recovery.last() == rank()), "recovery: fp32 [rank]");
+    for (size_t j = 0; j < count; ++j) expect(ups[j].is(kind, 2) && ups[j].rows() == rank(), "up: as down, [rank, out]");
+    for (size_t j = 0; j < y_count; ++j) expect(ys[j].is(fp32, 3) && ys[j].rows() == x.rows(), "y: fp32 [batch, positions, …]");
+    for (size_t j = 0; j < y_count; ++j) expect(width(j) == ys[j].last(), "y: a column for every output");
+  }
+
+  int64_t rank() const { return ups[0].sizes[0]; }
+
+  /// The outputs of the linears whose columns y_j has.
+  int64_t width(size_t j) const {
+    int64_t sum = 0;
+    for (size_t i = 0; i < count; ++i) sum += y_count == 1 || i == j ? ups[i].last() : 0;
+    return sum;
+  }
+
+  /// sums[j] = y_j and what the slots add.
+  void add(const std::array<Tensor, most>& sums, const Threads& threads) const {
+    std::array<Member, most> members;
+    int64_t column = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const size_t j = y_count == 1 ? 0 : i;
+      const int64_t at = y_count == 1 ? column : 0;
+      members[i] = {ups[i].data, ys[j].floats() + at, sums[j].floats() + at, ups[i].last(), ys[j].last()};
+      column += ups[i].last();
+    }
+    add_slots({x.floats(), down.data, nullptr, recovery.floats(), x.last(), rank(), members.data(), int64_t(count),
+               down.type == fp16},
+              x.rows(), threads);
+  }
+};
+
+void slot(KernelContext* context) {
+  const Slots slots(context);
+  std::array<Tensor, most> sums;
+  for (size_t j = 0; j < slots.y_count; ++j) sums[j] = output(context, j, slots.ys[j].sizes);
+  slots.add(sums, threads(context));
+}
+
+void slot_glu(KernelContext* context) {
+  const Slots slots(context);
+  expect(slots.count == 2 && slots.y_count == 1 && slots.ups[0].last() == slots.ups[1].last(), "two linears, one y");
+  const Tensor& y = slots.ys[0];
+  const Tensor out = output(context, 0, {y.sizes[0], y.sizes[1], y.last() / 2}), sum = output(context, 1, y.sizes);
+  slots.add({sum}, threads(context));
+  gate_linear_units(sum.floats(), out.floats(), out.last(), out.rows(), threads(context));
+}
+
+/// No exception leaves the library.
+template <void compute(KernelContext*)>
+Status* guarded(void*, KernelContext* context) {
+  try {
+    compute(context);
+    return nullptr;
+  } catch (const Refused& refused) {
+    return refused.status;
+  }
+}
+
+/// Which outputs are in the memory of which inputs. A runtime that only may share it does not, where it cannot tell that
+/// the shapes are the same; so y must have no other reader (kernels.h).
+template <int... pairs>
+size_t aliases(int** inputs, int** outputs) {
+  static int all[] = {pairs...};
+  constexpr size_t count = sizeof...(pairs) / 2;
+  *inputs = all;
+  *outputs = all + count;
+  return count;
+}
+
+const char* name(const CustomOp* op);
+
+CustomOp made() {
+  CustomOp op{};
+  op.version = 18;
+  op.GetName = name;
+  op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+  op.GetInputTypeCount = [](const CustomOp*) -> size_t { return INPUTS; };
+  op.GetInputType = [](const CustomOp*, size_t i) { return i == DOWN || (i >= UP && i < Y) ? any : fp32; };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t i) {
+    return i == X || i == DOWN || i == UP || i == Y ? required : optional;
+  };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+  op.GetOutputType = [](const CustomOp*, size_t) { return fp32; };
+  op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return most; };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t i) { return i == 0 ? required : optional; };
+  op.GetStartVersion = op.GetEndVersion = [](const CustomOp*) { return 1; };
+  op.CreateKernelV2 = [](const CustomOp*, const Api*, const void*, void** kernel) -> Status* {
+    *kernel = nullptr;
+    return nullptr;
+  };
+  op.KernelDestroy = [](void*) {};
+  op.ReleaseAliasMap = [](int*, int*) {};
+  return op;
+}
+
+CustomOp slot_op() {
+  CustomOp op = made();
+  op.KernelComputeV2 = guarded<slot>;
+  op.GetAliasMap = aliases<Y, Y + 1, Y + 2, 0, 1, 2>;
+  return op;
+}
+
+CustomOp slot_glu_op() {
+  CustomOp op = made();
+  op.KernelComputeV2 = guarded<slot_glu>;
+  op.GetAliasMap = aliases<Y, 1>;
+  return op;
+}
+
+const CustomOp slot_ = slot_op(), slot_glu_ = slot_glu_op();
+
+const char* name(const CustomOp* op) { return op == &slot_ ? "Slot" : "SlotGlu"; }
+
+} // namespace
+
+Status* register_kernels(const Api& api, SessionOptions* options) {
+  static CustomOpDomain* domain = nullptr; // must outlive every session
+  if (!domain) {
+    runtime = &api;
+    CustomOpDomain* created = nullptr;
+    if (Status* const failed = api.CreateCustomOpDomain("calora", &created)) return failed;
+    for (const CustomOp* op : {&slot_, &slot_glu_})
+      if (Status* const failed = api.CustomOpDomain_Add(created, op)) return failed;
+    domain = created;
+  }
+  return api.AddCustomOpDomain(options, domain);
+}
+
+} // namespace calora::ort
+
+/// What ONNX Runtime calls when it loads the library.
+extern "C" [[gnu::visibility("default")]] calora::ort::Status* RegisterCustomOps(
+    calora::ort::SessionOptions* options, const calora::ort::ApiBase* base) {
+  using namespace calora::ort;
+  if (const Api* const api = base->GetApi(api_version)) return register_kernels(*api, options);
+  constexpr int not_implemented = 9;
+  return base->GetApi(1)->CreateStatus(not_implemented, "calora's operators need ONNX Runtime 1.20 or newer");
+}
