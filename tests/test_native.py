@@ -59,7 +59,8 @@ def cached(source: Path) -> list[str]:
 def test_a_program_is_built_once_and_runs_from_the_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = native.runner("executorch")
     assert subprocess.run([program]).returncode == 42, "with the library that lies beside it"
-    assert {path.name for path in program.parent.iterdir()} == {native.RUNNER, native.KERNELS["executorch"], native.SYSTEM}
+    files = {path.name for path in program.parent.iterdir()}
+    assert files == {native.RUNNER, native.KERNELS["executorch"], native.SYSTEM}
     assert cached(source) == ["runner"]
     monkeypatch.setattr(native, "_run", lambda *_: pytest.fail("built again"))
     assert native.runner("executorch") == program
