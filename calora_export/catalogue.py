@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from calora_export import formats, profiles, recipe, targets
-from calora_export.devices import adb, browser, ssh
+from calora_export.devices import adb, apple, browser, ssh
 
 Row = dict[str, str]
 
@@ -55,7 +55,12 @@ def _present() -> list[Row]:
         for serial, state in adb.connected().items()
     ]
     hosts = [{"device": f"ssh:{host}", "kind": "ssh", "state": "in ~/.ssh/config"} for host in ssh.configured()]
-    return [*phones, *hosts, {"device": "browser", "kind": "browser", "state": browser.state()}]
+    apples = [{"device": f"apple:{it.udid}", "kind": "apple", "state": _unverified(it)} for it in apple.connected()]
+    return [*phones, *apples, *hosts, {"device": "browser", "kind": "browser", "state": browser.state()}]
+
+
+def _unverified(phone: apple.Phone) -> str:
+    return f"{phone.state} (unverified: {apple.UNVERIFIED})"
 
 
 def _problem(state: str) -> str:

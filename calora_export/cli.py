@@ -40,7 +40,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+# Without emoji: `apple:x: …` is the name of a device.
+out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -159,6 +159,10 @@ def test_inspect_as_json(tiny: Path, opened: Path) -> None:
     )
 
 
+def test_a_name_is_not_an_emoji(opened: Path) -> None:
+    assert error_line(call("bench", opened, "--device", "ssh:x:")).startswith("--device: ssh:x:: expected ")
+
+
 def test_bench_as_json(opened: Path) -> None:
     document = json.loads(call("bench", opened, "--json").stdout)
     assert set(document) == {"package", "device", "arch", "emulated", "runtime", "latency"}

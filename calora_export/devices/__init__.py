@@ -1,6 +1,7 @@
 """Where a package is run: one module per transport. A device only sees a Package.
 
 adb         a phone, by Android's debug bridge, with the native runner
+apple       an iPhone or iPad, from a Mac; not run yet
 browser     a browser of this machine or of a phone, with a web page
 host        this machine, in a process of its own without torch
 reference   this machine, for Core ML: the saved file, operator by operator
