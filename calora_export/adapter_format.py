@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from calora_export import strict_json
 from calora_export.errors import BundleError, UnsupportedError, mismatch
-from calora_export.manifest import FILE, Branch, wrong
+from calora_export.manifest import FILE, Branch, Role, wrong
 from calora_export.sites import expand_sites, natural_key
 from calora_export.tensors import FLOATS, TensorIndex
 
@@ -26,8 +26,13 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_SUFFIXES = {"lora": ("lora_A.weight", "lora_B.weight"), "recovery": ("lora_a1.weight", "lora_a2.weight")}
-_CORE = "lora_core"
+_SUFFIXES: Mapping[Role, tuple[str, str]] = {
+    "lora": ("lora_A.weight", "lora_B.weight"),
+    "recovery": ("lora_a1.weight", "lora_a2.weight"),
+    "expert": ("lora_expert_A", "lora_expert_B"),
+    "scale": ("scale_in", "scale_out"),
+}
+_CORE, _ROUTER = "lora_core", "token_router"
 SHARED = "shared"
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -93,6 +98,9 @@ _OTHER_KEYS = {
     ".base_layer.": "a copy of the base's weight: save_pretrained it again with save_embedding_layers=False",
     ".lora_embedding_": "LoRA on an embedding: train it on linear layers only",
     f".{_CORE}": "a core without its basis: add it from its bundle, which has shared/",
+    ".lora_expert_": "experts: add it from its bundle, which says how they are weighed",
+    ".scale_": "scales of layers: add it from its bundle, which says so",
+    f".{_ROUTER}.": "a router for tokens: add it from its bundle, which says so",
     ".coefficients": "NOLA: import nola makes A and B of it",
     ".seed": "NOLA: import nola makes A and B of it",
 }
@@ -107,7 +115,7 @@ class SiteBranch:
     """
 
     site: str
-    role: Literal["lora", "recovery"]
+    role: Role
     r: int
     alpha: float
     scale: float
@@ -115,6 +123,7 @@ class SiteBranch:
     down_at: str | None = None
     up_at: str | None = None
     basis: str | None = None
+    experts: int | None = None
 
     @property
     def core(self) -> str:
@@ -188,8 +197,6 @@ def declared_branches(
     placed: dict[tuple[str, str], SiteBranch] = {}
     for index, branch in enumerate(branches):
         at = f"{key}.branches[{index}]"
-        if branch.role == "expert":
-            raise UnsupportedError(mismatch(FILE, f"{at}.role", "lora or recovery", "expert"))
         expected = config.scale(branch.alpha, branch.r)
         if not math.isclose(branch.scale, expected, rel_tol=1e-6):
             formula = "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
@@ -199,13 +206,14 @@ def declared_branches(
         for site in sites:
             if (site, branch.role) in placed:
                 raise wrong(f"{at}.sites", f"{site} in one {branch.role} branch", "it in two")
-            own = SiteBranch(
-                site, branch.role, branch.r, branch.alpha, branch.scale, branch.act, down_at, up_at, branch.basis
-            )
+            numbers = branch.r, branch.alpha, branch.scale, branch.act
+            own = SiteBranch(site, branch.role, *numbers, down_at, up_at, branch.basis, branch.experts)
             placed[site, branch.role] = own
             if branch.role == "lora":
                 _check_against_config(own, config, f"{label}/{CONFIG}")
-    for (site, _), branch in placed.items():
+    for (site, role), branch in placed.items():
+        if role != "recovery":
+            continue
         scale = placed.get((site, "lora"), branch).scale
         if not math.isclose(branch.scale, scale, rel_tol=1e-6):
             expected = f"{scale:g} of the lora branch at {site}"
@@ -215,8 +223,20 @@ def declared_branches(
 
 def sites_of(tensors: TensorIndex) -> set[str]:
     """The sites that the tensors' names imply; UnsupportedError for a name that is none of ours."""
-    cores = {name[len(_PREFIX) : -len(_CORE) - 1] for name in tensors.names() if name.endswith(f".{_CORE}")}
-    return cores or {site for site, _ in _placed(tensors)}
+    known = (_CORE, *_SUFFIXES["expert"], *_SUFFIXES["scale"])
+    sites: set[str] = set()
+    for name in sorted(tensors.names(), key=_late):
+        suffix = next((suffix for suffix in known if name.endswith(f".{suffix}")), None)
+        if suffix is not None:
+            sites.add(name[len(_PREFIX) : -len(suffix) - 1])
+        elif f".{_ROUTER}." not in name:
+            sites.add(_parse_key(name, tensors)[0])
+    return sites
+
+
+def router_tensors(scope: str) -> tuple[str, str]:
+    """Names of the weight [experts, features] and bias [2, experts] that weigh the experts below a module."""
+    return f"{_PREFIX}{scope}.{_ROUTER}.weight", f"{_PREFIX}{scope}.{_ROUTER}.bias"
 
 
 def stored_branches(tensors: TensorIndex, config: PeftConfig) -> tuple[SiteBranch, ...]:
@@ -233,9 +253,16 @@ def check_tensors(
     branches: Sequence[SiteBranch],
     linears: Mapping[str, tuple[int, int]],
     bases: Mapping[str, TensorIndex] = MappingProxyType({}),
+    scopes: Sequence[str] = (),
 ) -> None:
-    """BundleError unless `tensors` are exactly those of `branches`, with their shapes, float and finite."""
-    shapes: dict[str, tuple[int, int]] = {}
+    """BundleError unless `tensors` are exactly those of `branches`, with their shapes, float and finite, and of routers
+    for the modules `scopes`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    experts = next((branch.experts for branch in branches if branch.experts), 0)
+    for scope in scopes:
+        weight, bias = router_tensors(scope)
+        features = (*tensors.info(weight).shape, 0)[1]
+        shapes |= {weight: (experts, features), bias: (2, experts)}
     for branch in branches:
         if branch.site not in linears:
             hint = "a tied lm_head has no weight of its own" if branch.site.endswith("lm_head") else ""
@@ -245,7 +272,12 @@ def check_tensors(
         if branch.basis is not None:
             shapes[branch.core] = _core_shape(branch, tensors, bases[branch.basis], rows, columns)
             continue
-        for name, shape in ((branch.down, (branch.r, columns)), (branch.up, (rows, branch.r))):
+        pair = (branch.r, columns), (rows, branch.r)
+        if branch.role == "scale":
+            pair = (columns,), (rows,)
+        elif branch.experts is not None:
+            pair = (branch.experts, *pair[0]), (branch.experts, *pair[1])
+        for name, shape in zip((branch.down, branch.up), pair, strict=True):
             if shapes.setdefault(name, shape) != shape:
                 raise BundleError(mismatch(FILE, f"tied at {branch.site}", f"{list(shapes[name])}", f"{list(shape)}"))
     file = f"{tensors.label}/{WEIGHTS}"
@@ -306,11 +338,16 @@ def _check_against_config(branch: SiteBranch, config: PeftConfig, file: str) -> 
 
 def _placed(tensors: TensorIndex) -> set[tuple[str, Literal["lora", "recovery"]]]:
     """Site and role of every tensor."""
-    # The copied weight of an embedding comes last: the embedding's LoRA is the better reason to refuse.
-    return {_parse_key(name, tensors) for name in sorted(tensors.names(), key=lambda name: ".base_layer." in name)}
+    return {_parse_key(name, tensors) for name in sorted(tensors.names(), key=_late)}
+
+
+def _late(name: str) -> bool:
+    """The copied weight of an embedding comes last: the embedding's LoRA is the better reason to refuse."""
+    return ".base_layer." in name
 
 
 def _parse_key(name: str, tensors: TensorIndex) -> tuple[str, Literal["lora", "recovery"]]:
+    """Of what PEFT and CA-LoRA save; other roles only a bundle can tell."""
     roles: tuple[Literal["lora", "recovery"], ...] = ("lora", "recovery")
     for role in roles:
         for suffix in _SUFFIXES[role]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from msgspec import Meta
 
 from calora_export import adapter_format, layouts, moefied, router_config, strict_json
 from calora_export.compression import DenseWeight, PackedWeight, WeightFormat, quantize_symmetric
-from calora_export.errors import BundleError, FingerprintError, mismatch
+from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch
 from calora_export.layouts import Checkpoint
 from calora_export.manifest import (
     FILE,
@@ -30,7 +31,7 @@ from calora_export.manifest import (
 )
 from calora_export.moefied import Experts
 from calora_export.router_config import EncoderConfig, TableConfig
-from calora_export.sites import collapse_sites, expand_sites
+from calora_export.sites import collapse_sites, expand_sites, owners
 from calora_export.tensors import FLOATS, TensorIndex
 
 __all__ = [
@@ -153,6 +154,11 @@ class Bundle:
                 return adapter
         known = ", ".join(adapter.id for adapter in self.manifest.adapters) or "none, the bundle has no adapters"
         raise wrong("adapters", f"one of {known}", identifier)
+
+    @cached_property
+    def hidden(self) -> int:
+        """How wide what flows from layer to layer is."""
+        return read_base_config(self.path / "base", "base").hidden_size
 
     @cached_property
     def bases(self) -> dict[str, TensorIndex]:
@@ -281,7 +287,28 @@ def _check_adapter(bundle: Bundle, adapter: AdapterSpec, key: str) -> None:
     linears = bundle.adaptable
     config = adapter_format.read_config(directory, label)
     branches = adapter_format.declared_branches(adapter.branches, config, linears, key, label)
-    adapter_format.check_tensors(adapter_format.open_weights(directory, label), branches, linears, bundle.bases)
+    tensors, scopes = adapter_format.open_weights(directory, label), router_scopes(adapter, linears, key)
+    adapter_format.check_tensors(tensors, branches, linears, bundle.bases, scopes)
+    features = {tensors.info(adapter_format.router_tensors(scope)[0]).shape[1] for scope in scopes}
+    if features - {bundle.hidden}:
+        raise BundleError(mismatch(tensors.label, "token_router", f"{bundle.hidden} features", sorted(features)))
+    biased = [b.site for b in branches if b.role == "scale" and f"{b.site}.bias" in bundle.base.tensors]
+    if biased:
+        hint = "FLoRA's formula has no bias"
+        raise UnsupportedError(mismatch(label, biased[0], "scales of a layer without bias", "one with a bias", hint))
+
+
+def router_scopes(adapter: AdapterSpec, linears: Mapping[str, tuple[int, int]], key: str) -> tuple[str, ...]:
+    """The modules by whose input an adapter's experts are weighed; BundleError for experts below none of them."""
+    if adapter.token_router is None:
+        return ()
+    scopes = expand_sites(adapter.token_router, owners(linears), FILE, f"{key}.token_router")
+    for index, branch in enumerate(adapter.branches):
+        sites = expand_sites(branch.sites, linears, FILE, f"{key}.branches[{index}].sites")
+        outside = [site for site in sites if not site.startswith(tuple(f"{scope}." for scope in scopes))]
+        if branch.role == "expert" and outside:
+            raise wrong(f"{key}.branches[{index}].sites", "layers below a module of token_router", outside[0])
+    return scopes
 
 
 def _check_router(directory: Path, router: RouterSpec) -> None:

@@ -104,14 +104,15 @@ class Encoder:
             temporary.unlink(missing_ok=True)
 
     def _entry(self, adapter: Adapter, task: str, index: int, file: str) -> AdapterEntry:
-        return AdapterEntry(
+        made = AdapterEntry(
             id=adapter.id,
             task=task,
             class_index=index,
             file=file,
             rank=adapter.rank,
             recovery_rows=int(adapter.recovery.sum()),
-            sites=len(adapter.sites),
+            sites=len(adapter.sites.keys() | adapter.scales.keys()),
             fingerprint=self.fingerprint,
             stated=adapter.fingerprint is not None,
         )
+        return made if adapter.kind == "rows" else replace(made, kind=adapter.kind)

@@ -90,7 +90,8 @@ def of(opened: Opened, basis_file: str | None) -> Factored | None:
     basis_file: where the package holds what it shares with others; None: nowhere, so that it needs rows of its own.
     """
     branches = opened.branches
-    plain = len({branch.site for branch in branches}) == len(branches) and {b.act for b in branches} == {"identity"}
+    alike = {(branch.role, branch.act) for branch in branches} == {("lora", "identity")}
+    plain = alike and len({branch.site for branch in branches}) == len(branches)
     bases = {branch.basis for branch in branches}
     if plain and bases == {None} and any(branch.down_at or branch.up_at for branch in branches):
         return _tied(opened)

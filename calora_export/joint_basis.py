@@ -47,7 +47,7 @@ class Joint:
 def compress(bundle: Bundle, columns: int) -> Joint:
     """All linear adapters of a bundle in a basis of at most `columns` per site; RecipeError when there are none."""
     opened = [adapters.opened(bundle, spec.id) for spec in bundle.manifest.adapters]
-    linear = [adapter for adapter in opened if all(branch.act == "identity" for branch in adapter.branches)]
+    linear = [a for a in opened if all((b.role, b.act) == ("lora", "identity") for b in a.branches)]
     if not linear:
         raise RecipeError(mismatch("recipe", "joint_basis", "plain LoRAs in the bundle", "none, or all have recovery"))
     sites = sorted({branch.site for adapter in linear for branch in adapter.branches}, key=natural_key)

@@ -20,6 +20,7 @@ Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Name = Annotated[str, Meta(min_length=1)]
+Role = Literal["lora", "recovery", "expert", "scale"]
 Sites = Annotated[tuple[str, ...], Meta(min_length=1)]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -40,9 +41,11 @@ class Branch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 
     What is `tied` is one tensor for all sites: the file holds it at the first of them. `basis`: down [r, in] and up
     [out, c] lie in shared/<basis>, for all adapters, and the file holds a core [c, r] or its diagonal between them.
+    The role `expert` is `experts` such pairs, weighed by the adapter's token_router or expert_weights. The role `scale`
+    is no pair, but what multiplies the layer's input and output: y = out ⊙ (base + slots)(in ⊙ x).
     """
 
-    role: Literal["lora", "recovery", "expert"]
+    role: Role
     sites: Sites
     r: Count
     alpha: Positive
@@ -50,16 +53,28 @@ class Branch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
     act: Literal["identity", "gelu"]
     tied: tuple[Literal["down", "up"], ...] = ()
     basis: str | None = None
+    experts: Count | None = None
 
 
-class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """One adapter: its files are in adapters/<id>/."""
+class AdapterSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One adapter: its files are in adapters/<id>/.
+
+    token_router: the modules by whose input each token weighs the experts of the layers below them. expert_weights:
+    weights that do not change instead, one for each expert.
+    """
 
     id: str
     task: Name
     class_index: Index
     base_fingerprint: Fingerprint
     branches: Annotated[tuple[Branch, ...], Meta(min_length=1)]
+    token_router: Sites | None = None
+    expert_weights: Annotated[tuple[float, ...], Meta(min_length=1)] | None = None
+
+    @property
+    def experts(self) -> int:
+        """How many each of its expert branches has; 0 without any."""
+        return next((branch.experts for branch in self.branches if branch.experts is not None), 0)
 
 
 class CompressionStep(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -139,6 +154,8 @@ def read_manifest(bundle: Path) -> Manifest:
     _check_ids("adapters", [adapter.id for adapter in manifest.adapters])
     _check_ids("tasks", [task.id for task in manifest.tasks])
     _check_bases(manifest.adapters)
+    for index, adapter in enumerate(manifest.adapters):
+        _check_kind(adapter, f"adapters[{index}]")
     _check_fingerprints(manifest)
     _check_compression(manifest.base)
     _check_class_indices(manifest.adapters)
@@ -188,6 +205,29 @@ def _check_bases(adapters: tuple[AdapterSpec, ...]) -> None:
             check_id(branch.basis, FILE, f"{key}.basis")
             if (branch.role, branch.act, branch.tied) != ("lora", "identity", ()):
                 raise wrong(f"{key}.basis", "a lora branch with act identity, not tied", f"{branch.role}, {branch.act}")
+
+
+def _check_kind(adapter: AdapterSpec, key: str) -> None:
+    """Experts and scales: what of them bundle.json alone tells."""
+    for index, branch in enumerate(adapter.branches):
+        at = f"{key}.branches[{index}]"
+        if branch.role in ("expert", "scale") and (branch.act, branch.tied) != ("identity", ()):
+            raise wrong(at, f"act identity, not tied, with {branch.role}", f"{branch.act}, {list(branch.tied)}")
+        if branch.role == "scale" and (branch.r, branch.alpha) != (1, 1.0):
+            raise wrong(f"{at}.r", "r 1 and alpha 1 with scale", f"{branch.r} and {branch.alpha:g}")
+        if (branch.role == "expert") != (branch.experts is not None):
+            expected = "this key with expert" if branch.role == "expert" else f"no such key with {branch.role}"
+            raise wrong(f"{at}.experts", expected, branch.experts or "nothing")
+        if branch.experts not in (None, adapter.experts):
+            raise wrong(f"{at}.experts", f"{adapter.experts}, as the branch before it", branch.experts)
+    weighed = [adapter.token_router is not None, adapter.expert_weights is not None]
+    if sum(weighed) != (1 if adapter.experts else 0):
+        expected = "one of token_router and expert_weights" if adapter.experts else "neither without experts"
+        found = "both" if all(weighed) else "one" if any(weighed) else "neither"
+        raise wrong(f"{key}.token_router, expert_weights", expected, found)
+    if adapter.expert_weights is not None and len(adapter.expert_weights) != adapter.experts:
+        expected = f"{adapter.experts} weights, one for each expert"
+        raise wrong(f"{key}.expert_weights", expected, len(adapter.expert_weights))
 
 
 def _check_fingerprints(manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from unittest.mock import patch
 
@@ -39,11 +39,19 @@ _PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".o_proj")
 
 @dataclass(frozen=True)
 class Rows:
-    """Adapter tensors for one forward pass: site → (down [R, in], up [out, R]), gate [R], recovery bool [R]."""
+    """Adapter tensors for one forward pass: site → (down [R, in], up [out, R]), gate [R], recovery bool [R].
+
+    scales: site → what multiplies the layer's input [in] and output [out], its slot between them. routers: name of a
+    module → (weight [E, features], bias [2, E]) that weigh experts for each token by the module's input, for all sites
+    below it; select [E, R] marks their rows.
+    """
 
     sites: Mapping[str, tuple[Tensor, Tensor]]
     gate: Tensor
     recovery: Tensor
+    scales: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    routers: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    select: Tensor | None = None
 
     @staticmethod
     def none() -> Rows:
@@ -59,7 +67,22 @@ class Rows:
             )
             for site, rows in adapter.sites.items()
         }
-        return Rows(sites, torch.ones(adapter.rank), torch.from_numpy(adapter.recovery))
+        experts = torch.from_numpy(adapter.experts_of_rows())
+        routers = {scope: (_tensor(router.weight), _tensor(router.bias)) for scope, router in adapter.routers.items()}
+        count = max((len(weight) for weight, _ in routers.values()), default=0)
+        select = (torch.arange(count)[:, None] == experts).float() if count else None
+        return Rows(
+            sites,
+            (experts < 0).float(),
+            torch.from_numpy(adapter.recovery),
+            {site: (_tensor(before), _tensor(after)) for site, (before, after) in adapter.scales.items()},
+            routers,
+            select,
+        )
+
+    def scope(self, name: str) -> str | None:
+        """The innermost module with a router that a site, or another such module, is below."""
+        return max((scope for scope in self.routers if name.startswith(f"{scope}.")), key=len, default=None)
 
 
 @dataclass
@@ -71,6 +94,7 @@ class _Pass:
     rows: Rows = field(default_factory=Rows.none)
     rope: tuple[Tensor, Tensor] | None = None
     inputs: list[tuple[str, Tensor]] | None = None
+    gates: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,11 +175,26 @@ class Group:
         return y
 
     def _compute(self, x: Tensor) -> list[Tensor]:
-        rows = self._current.value.rows
-        slotted = [i for i, site in enumerate(self.sites) if site in rows.sites]
+        """All members at once, but each by itself that an adapter may scale."""
+        scales = self._current.value.rows.scales
+        together = [member for member in self.members if member.site not in scales]
+        made = dict(zip((member.site for member in together), self._linears(x, together), strict=True))
+        for member in self.members:
+            if member.site in scales:
+                before, after = scales[member.site]
+                made[member.site] = self._linears(x * before, [member])[0] * after
+        return [made[site] for site in self.sites]
+
+    def _linears(self, x: Tensor, members: Sequence[Linear]) -> list[Tensor]:
+        if not members:
+            return []
+        run = self._current.value
+        rows, sites = run.rows, [member.site for member in members]
+        slotted = [i for i, site in enumerate(sites) if site in rows.sites]
+        scope = rows.scope(sites[0]) if slotted else None
 
         def each(name: str) -> list[Tensor]:
-            return [member.get_buffer(name) for member in self.members]
+            return [member.get_buffer(name) for member in members]
 
         return ops.linears(
             x,
@@ -163,15 +202,15 @@ class Group:
             each("scale"),
             each("bias"),
             slotted,
-            [rows.sites[self.sites[i]][0] for i in slotted],
-            [rows.sites[self.sites[i]][1] for i in slotted],
-            rows.gate,
+            [rows.sites[sites[i]][0] for i in slotted],
+            [rows.sites[sites[i]][1] for i in slotted],
+            rows.gate if scope is None else run.gates[scope],
             rows.recovery,
             self.activations,
             each("zero"),
             each("codebook"),
             each("order"),
-            [member.mask(x) for member in self.members],
+            [member.mask(x) for member in members],
         )
 
 
@@ -264,7 +303,7 @@ class SlotModel(nn.Module):
 
         self.current.value = run
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
-        with patch.object(self._modeling, "apply_rotary_pos_emb", remember):
+        with patch.object(self._modeling, "apply_rotary_pos_emb", remember), self._weighing(run):
             out = self.lm(
                 input_ids=ids,
                 position_ids=positions,
@@ -273,6 +312,26 @@ class SlotModel(nn.Module):
                 calora=run,
             )
         return out.logits
+
+    @contextmanager
+    def _weighing(self, run: _Pass) -> Iterator[None]:
+        """While a pass runs, read the inputs of the modules that have token routers."""
+
+        def hook(scope: str) -> Callable[..., None]:
+            def weigh(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                x = args[0] if args else kwargs["hidden_states"]
+                assert run.rows.select is not None
+                outer = run.rows.scope(scope)  # ran before: what it weighs, it weighs here too
+                gate = run.rows.gate if outer is None else run.gates[outer]
+                run.gates[scope] = ops.token_gates(x, *run.rows.routers[scope], run.rows.select, gate)
+
+            return weigh
+
+        with ExitStack() as stack:
+            for scope in run.rows.routers:
+                module = self.lm.get_submodule(scope)
+                stack.callback(module.register_forward_pre_hook(hook(scope), with_kwargs=True).remove)
+            yield
 
     def empty_cache(self) -> list[Tensor]:
         return [torch.zeros(1, heads, 0, self.shape.head_dim) for heads in self.shape.kv_heads for _ in range(2)]

@@ -4,6 +4,7 @@ A target lowers each of these to what its runtime does best. Everything else in 
 
     linears    a group of linear layers that share an input, with their slots
     experts    which neurons of a MoEfied layer compute (arXiv 2110.01786)
+    token_gates  what each token gets of each expert's rows
     embedding  a table, dense or packed
     rms_norm   root mean square norm (arXiv 1910.07467)
     attention  rotary embedding, KV cache and grouped-query attention (arXiv 2305.13245) in one
@@ -92,9 +93,10 @@ def linears(
     """y_i = base_i(x) ⊙ mask_i + up_i (gate ⊙ act(down_i x)), act = exact GELU on recovery rows, identity elsewhere.
 
     x [..., in]; weights[i] [out_i, in]; biases[i] [out_i] or empty. downs[j] [R, in] and ups[j] [out, R] belong to the
-    linear slotted[j]; gate [R]; recovery bool [R]. activations: how a packed base reads x, and of int8_absmax any base.
-    zeros[i], codebooks[i] as in `dequantize`; orders[i] int64 [in]: which feature of x each column of weights[i] is of.
-    masks[i] [..., out_i] of `experts`, or None: an adapter adds to neurons that do not compute, too.
+    linear slotted[j]; gate [R], or [..., R] of each token (`token_gates`); recovery bool [R]. activations: how a packed
+    base reads x, and of int8_absmax any base. zeros[i], codebooks[i] as in `dequantize`; orders[i] int64 [in]: which
+    feature of x each column of weights[i] is of. masks[i] [..., out_i] of `experts`, or None: an adapter adds to
+    neurons that do not compute, too.
     Source: CA-LoRA (arXiv 2307.07705) eq. 5 for the rows, DLP-LoRA (arXiv 2410.01497) eq. 4 for the gates.
     """
     ys = []
@@ -136,6 +138,23 @@ def experts(x: Tensor, hidden: Tensor, scores: Tensor, labels: Tensor, top_k: in
 @experts.register_fake
 def _(x, hidden, scores, labels, top_k):
     return x.new_empty(*x.shape[:-1], labels.shape[0])
+
+
+@torch.library.custom_op("calora::token_gates", mutates_args=())
+def token_gates(x: Tensor, weight: Tensor, bias: Tensor, select: Tensor, gate: Tensor) -> Tensor:
+    """gate + (softmax(W x + b₀) + b₁) · select, [..., R]: gates of each token, for x [..., features].
+
+    weight [E, features], bias [2, E]; select [E, R] marks each expert's rows, whose gate [R] is 0; or gate
+    [..., R], what a module around this one makes of them.
+
+    LoRA-Flow (arXiv 2402.11455) eq. 4, its b inside b₁; LLaVA-MoLE (arXiv 2401.16160), its router's bias in b₀.
+    """
+    return gate + (F.linear(x, weight, bias[0]).softmax(-1) + bias[1]) @ select
+
+
+@token_gates.register_fake
+def _(x, weight, bias, select, gate):
+    return x.new_empty(*x.shape[:-1], gate.shape[-1])
 
 
 @torch.library.custom_op("calora::embedding", mutates_args=())

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from calora_export import strict_json
+from calora_export.adapters import Kind, require_mixable
 from calora_export.errors import FingerprintError, PackageError, mismatch
 from calora_export.manifest import RouterSpec, TaskSpec
 from calora_export.recipe import Recipe
@@ -39,11 +40,20 @@ class SlotTensor(Struct, frozen=True, forbid_unknown_fields=True):
     outputs: int
 
 
+class Routed(Struct, frozen=True, forbid_unknown_fields=True):
+    """Modules by whose input, of that many features, each token weighs the experts of an adapter."""
+
+    scopes: tuple[str, ...]
+    experts: int
+    features: int
+
+
 class Slots(Struct, frozen=True, forbid_unknown_fields=True):
     """The slot contract as a target realised it.
 
     gate says what carries the gates. recovery names the input [R] that marks GELU rows, if rows may be non-linear;
-    fingerprint the uint8 [32] input by which an adapter file tells its base.
+    fingerprint the uint8 [32] input by which an adapter file tells its base. scaled: sites whose input and output an
+    adapter may multiply; routed: what weighs experts by token. Both only where an adapter of the bundle has such.
     """
 
     rank: Literal["dynamic"] | int
@@ -52,6 +62,8 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     dtype: Literal["fp32", "fp16"]
     tensors: tuple[SlotTensor, ...]
+    scaled: tuple[str, ...] | UnsetType = UNSET
+    routed: Routed | UnsetType = UNSET
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Site → (out, in)."""
@@ -69,7 +81,7 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
 
 class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """One adapter file. stated: its trainer said which base it is for; else that was assumed when it was added.
-    shared: the file of what it shares with other adapters (`factors`)."""
+    shared: the file of what it shares with other adapters (`factors`). kind: left out for rows alone."""
 
     id: str
     task: str
@@ -81,6 +93,7 @@ class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     stated: bool = True
     shared: str | UnsetType = UNSET
+    kind: Kind | UnsetType = UNSET
 
 
 class JointAdapter(Struct, frozen=True, forbid_unknown_fields=True):
@@ -223,6 +236,12 @@ class Package:
             expected, hint = f"at least {rank}", "export with a higher one"
             budget = self.manifest.settings.rank_budget
             raise PackageError(mismatch(FILE, "settings.rank_budget", expected, budget, hint))
+
+    def require_mixable(self, mix: Mapping[str, float]) -> None:
+        """Refuse a mix of adapters that no formula adds up."""
+        on = {identifier: gate for identifier, gate in mix.items() if gate != 0.0}
+        kinds = {identifier: self.adapter(identifier).kind for identifier in on}
+        require_mixable({name: "rows" if kind is UNSET else kind for name, kind in kinds.items()}, on)
 
     def require_fingerprint(self, adapter: str, fingerprint: str) -> None:
         """Refuse an adapter that was trained for another base."""

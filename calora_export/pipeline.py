@@ -22,7 +22,7 @@ from calora_export import report as reports
 from calora_export.adapters import Opened
 from calora_export.bundle import Bundle
 from calora_export.encoding import AdapterSource, Encoder
-from calora_export.errors import CaloraError, FingerprintError, PackageError, mismatch
+from calora_export.errors import CaloraError, FingerprintError, PackageError, UnsupportedError, mismatch
 from calora_export.manifest import check_id
 from calora_export.package import AdapterEntry, JointBasis, Manifest, ModelInfo, Package, RouterEntry, Slots
 from calora_export.recipe import Recipe
@@ -182,7 +182,12 @@ class _Export:
         specs, columns = self.bundle.manifest.adapters, self.recipe.joint_basis
         recovery = any(branch.act == "gelu" for spec in specs for branch in spec.branches)
         last_only = self.recipe.logits == "last"
-        traced = trace(composed, self._slots(composed), last_only=last_only, recovery=recovery)
+        wanted = self._slots(composed)
+        extras = self._extras(wanted)
+        if (extras.scaled or extras.scopes) and self.recipe.adapter_inputs == "functions":
+            expected, found = "adapters of rows alone, which functions hold", "scales of layers, or experts by token"
+            raise UnsupportedError(mismatch("recipe", "adapter_inputs", expected, found, "use optional"))
+        traced = trace(composed, wanted, last_only=last_only, recovery=recovery, extras=extras)
         if columns is not UNSET:
             progress("compressing adapters")
         source = AdapterSource(self.bundle, None if columns is UNSET else joint_basis.compress(self.bundle, columns))
@@ -219,6 +224,20 @@ class _Export:
         used = {site for patterns in branches for site in expand_sites(patterns, self.bundle.adaptable)}
         sites = [site for group in composed.groups for site in group if site in used]
         return tuple(Slot(site, self.bundle.linears[site][1], self.bundle.linears[site][0]) for site in sites)
+
+    def _extras(self, slots: Sequence[graph.Slot]) -> graph.Extras:
+        """What adapters of the bundle have beside rows."""
+        from calora_export.graph import Extras
+
+        specs, linears = self.bundle.manifest.adapters, self.bundle.adaptable
+        patterns = {branch.sites for spec in specs for branch in spec.branches if branch.role == "scale"}
+        scaled = {site for sites in patterns for site in expand_sites(sites, linears)}
+        found = {scope for spec in specs for scope in bundles.router_scopes(spec, linears, f"adapters: {spec.id}")}
+        scopes = tuple(sorted(found, key=natural_key))
+        experts = max((spec.experts for spec in specs if spec.token_router is not None), default=0)
+        experts += len(found) > 0  # one that is nobody: all that a module weighs for an adapter without a router there
+        features = self.bundle.hidden if scopes else 0
+        return Extras(tuple(slot.site for slot in slots if slot.site in scaled), scopes, experts, features)
 
     def _router(self, lowering: targets.Target) -> RouterEntry | None:
         from calora_export import routers

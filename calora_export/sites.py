@@ -51,6 +51,11 @@ def collapse_sites(sites: Iterable[str], linears: Collection[str]) -> tuple[str,
     return tuple(patterns)
 
 
+def owners(sites: Iterable[str]) -> set[str]:
+    """Every module that a site is below of."""
+    return {name.rsplit(".", depth)[0] for name in sites for depth in range(1, name.count(".") + 1)}
+
+
 def starred(name: str) -> str:
     """A site with `*` for every number: what it is called in all layers."""
     return ".".join("*" if _is_number(part) else part for part in name.split("."))

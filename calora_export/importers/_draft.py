@@ -26,7 +26,7 @@ from calora_export.manifest import (
     check_id,
     write_manifest,
 )
-from calora_export.sites import collapse_sites, starred
+from calora_export.sites import collapse_sites, owners, starred
 
 _SMALL = (".json", ".txt", ".model", ".jinja")
 _SMALL_BYTES = 64 << 20  # the largest tokenizer.json in use has about half of that
@@ -53,9 +53,11 @@ class Draft:
         directory.mkdir(parents=True)
         return directory
 
-    def add(self, identifier: str, branches: tuple[Branch, ...]) -> None:
-        """The next adapter: its class_index is its place."""
-        self.adapters.append(AdapterSpec(identifier, identifier, len(self.adapters), self.fingerprint, branches))
+    def add(self, identifier: str, branches: tuple[Branch, ...], scopes: Sequence[str] = ()) -> None:
+        """The next adapter: its class_index is its place. scopes: the modules that weigh its experts."""
+        router = collapse_sites(scopes, owners(self.linears)) or None
+        numbers = len(self.adapters), self.fingerprint
+        self.adapters.append(AdapterSpec(identifier, identifier, *numbers, branches, token_router=router))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 
 from calora_export import adapter_format
 from calora_export.adapter_format import SiteBranch
-from calora_export.manifest import Branch
+from calora_export.manifest import Branch, Role
 from calora_export.sites import collapse_sites, natural_key
 
 Act = Literal["identity", "gelu"]
@@ -50,12 +50,53 @@ class Core:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """`downs` float32 [E, r, in], `ups` float32 [E, out, r]; `scale` is not yet in them."""
+
+    downs: np.ndarray
+    ups: np.ndarray
+    scale: float
+
+    @property
+    def r(self) -> int:
+        return self.downs.shape[1]
+
+    @staticmethod
+    def of(pairs: Sequence[Pair | None]) -> Experts:
+        """One expert per pair, of the highest rank; None is an expert that adds nothing. Scales are in the ups."""
+        known = [pair for pair in pairs if pair is not None]
+        r = max(pair.r for pair in known)
+        downs = np.zeros((len(pairs), r, known[0].down.shape[1]), np.float32)
+        ups = np.zeros((len(pairs), known[0].up.shape[0], r), np.float32)
+        for expert, pair in enumerate(pairs):
+            if pair is not None:
+                downs[expert, : pair.r], ups[expert, :, : pair.r] = pair.down, pair.up * np.float32(pair.scale)
+        return Experts(downs, ups, 1.0)
+
+
+@dataclass(frozen=True)
 class LowRank:
-    """One adapter: pairs by site. `act` is the recovery branch's."""
+    """One adapter: pairs by site. `act` is the recovery branch's.
+
+    routers: module → weight [E, features] and bias [2, E] that weigh the experts below it (`ops.token_gates`).
+    scales: site → what multiplies the layer's input [in] and output [out].
+    """
 
     lora: Mapping[str, Pair]
     recovery: Mapping[str, Pair] = field(default_factory=dict)
     act: Act = "gelu"
+    experts: Mapping[str, Experts] = field(default_factory=dict)
+    routers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    scales: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def matrices(self, branch: SiteBranch) -> tuple[np.ndarray, np.ndarray]:
+        """The two tensors of a branch."""
+        if branch.role == "scale":
+            return self.scales[branch.site]
+        if branch.role == "expert":
+            return self.experts[branch.site].downs, self.experts[branch.site].ups
+        pair = (self.lora if branch.role == "lora" else self.recovery)[branch.site]
+        return pair.down, pair.up
 
 
 def concatenate(pairs: Sequence[Pair]) -> Pair:
@@ -87,11 +128,15 @@ def write(adapter: LowRank, directory: Path, linears: Mapping[str, tuple[int, in
     branches = [_branch(site, "lora", pair, "identity") for site, pair in adapter.lora.items()]
     branches += [_branch(site, "recovery", pair, adapter.act) for site, pair in adapter.recovery.items()]
     branches = _tie(branches, adapter)
+    for site, experts in adapter.experts.items():
+        branches.append(replace(_branch(site, "expert", experts, "identity"), experts=len(experts.downs)))
+    branches += [SiteBranch(site, "scale", 1, 1.0, 1.0, "identity") for site in adapter.scales]
     tensors: dict[str, np.ndarray] = {}
     for branch in branches:
-        pair = (adapter.lora if branch.role == "lora" else adapter.recovery)[branch.site]
-        tensors[branch.down] = np.ascontiguousarray(pair.down)
-        tensors[branch.up] = np.ascontiguousarray(pair.up)
+        names = branch.down, branch.up
+        tensors |= {name: np.ascontiguousarray(m) for name, m in zip(names, adapter.matrices(branch), strict=True)}
+    for scope, router in adapter.routers.items():
+        tensors |= dict(zip(adapter_format.router_tensors(scope), map(np.ascontiguousarray, router), strict=True))
     save_file(tensors, directory / adapter_format.WEIGHTS, {"format": "pt"})
     _write_config(branches, directory)
     return collapse(branches, linears)
@@ -123,7 +168,7 @@ def collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, in
     """One branch per distinct role, rank, alpha, scale and activation; LoRA before recovery."""
     groups: dict[tuple[object, ...], list[SiteBranch]] = {}
     for branch in sorted(branches, key=lambda branch: branch.role):
-        tied = (branch.down_at, branch.up_at, branch.basis)
+        tied = (branch.down_at, branch.up_at, branch.basis, branch.experts)
         key = (branch.role, branch.r, branch.alpha, branch.scale, branch.act, *tied)
         groups.setdefault(key, []).append(branch)
     collapsed: list[Branch] = []
@@ -131,7 +176,7 @@ def collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, in
         first, sites = members[0], collapse_sites([member.site for member in members], linears)
         down: tuple[Literal["down"], ...] = ("down",) if first.down_at else ()
         up: tuple[Literal["up"], ...] = ("up",) if first.up_at else ()
-        shared = (*down, *up), first.basis
+        shared = (*down, *up), first.basis, first.experts
         collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act, *shared))
     return tuple(collapsed)
 
@@ -153,14 +198,13 @@ def _tie(branches: Sequence[SiteBranch], adapter: LowRank) -> list[SiteBranch]:
 
 
 def _digests(branch: SiteBranch, adapter: LowRank) -> tuple[str, str]:
-    pair = (adapter.lora if branch.role == "lora" else adapter.recovery)[branch.site]
-    names = ("down", pair.down), ("up", pair.up)
+    names = zip(("down", "up"), adapter.matrices(branch), strict=True)
     return tuple(  # type: ignore[return-value]
         f"{branch.role} {name} {matrix.shape} {hashlib.sha256(matrix.tobytes()).hexdigest()}" for name, matrix in names
     )
 
 
-def _branch(site: str, role: Literal["lora", "recovery"], pair: Pair | Core, act: Act) -> SiteBranch:
+def _branch(site: str, role: Role, pair: Pair | Core | Experts, act: Act) -> SiteBranch:
     alpha = pair.scale * pair.r
     return SiteBranch(site, role, pair.r, alpha, alpha / pair.r, act)
 

@@ -1,25 +1,79 @@
-"""LoRA-Flow (arXiv 2402.11455): a gate per layer weighs two LoRAs anew for every token. Refused: see `run`."""
+"""LoRA-Flow (arXiv 2402.11455): a gate per layer weighs an ordered set of LoRAs anew for every token.
+
+    w = softmax(W_gate x / T) + b        x: the layer's input, before its norm
+    y = base(x') + Σ_k w_k s_k B_k A_k x'        for every linear of the layer, with the same w
+
+The authors' code saves `encoder.layers.<i>.lora_fusion_gate.weight` [k, hidden] and, beside it, `weight_bias` [k].
+"""
 
 from __future__ import annotations
 
-from calora_export.errors import UnsupportedError, mismatch
-from calora_export.importers import Imported, _checkpoint
-from calora_export.importers._draft import directory_ids
-from calora_export.importers._options import Adapters, Base, Checkpoint, Out
+import re
+from typing import Annotated
 
-GATE = ".lora_fusion_gate.weight"
+import numpy as np
+import typer
+
+from calora_export.importers import Imported, _checkpoint, _lowrank
+from calora_export.importers._checkpoint import Checkpoint as StateDict
+from calora_export.importers._draft import Draft, directory_ids, draft
+from calora_export.importers._lowrank import Experts, LowRank
+from calora_export.importers._options import Adapters, Base, Checkpoint, Name, Out
+from calora_export.manifest import check_id
+from calora_export.sites import natural_key, owners
+
+Id = Annotated[str, typer.Option("--id", help="The id of the one adapter that they become.", show_default=False)]
+Temperature = Annotated[float, typer.Option(min=1e-6, help="T as trained: what divides the gate's scores.")]
+
+GATE, BIAS = "lora_fusion_gate.weight", "weight_bias"
+_KEY = re.compile(rf"(?:.*\.)?layers\.(\d+)\.({re.escape(GATE)}|{BIAS})")
 
 
-def run(base: Base, gate: Checkpoint, adapters: Adapters, out: Out) -> Imported:
-    """Refused: LoRA-Flow's gates weigh LoRAs per token and layer, which the exported graph cannot.
+def run(
+    base: Base,
+    gate: Checkpoint,
+    adapters: Adapters,
+    out: Out,
+    identifier: Id,
+    temperature: Temperature = 1.0,
+    name: Name = None,
+) -> Imported:
+    """LoRAs, as PEFT directories in the gate's order, and the gates that weigh them by token: one adapter.
 
-    UnsupportedError says what works instead; BundleError when `gate` is no gate of LoRA-Flow.
+    BundleError or UnsupportedError in one line.
     """
+    check_id(identifier, "--id", "id")
     directory_ids(adapters)
-    state = _checkpoint.read(gate)
-    found = next((key for key in state.tensors if key.endswith(GATE)), None)
-    if found is None:
-        raise state.wrong("tensors", f"encoder.layers.<i>{GATE}", "none")
-    names = ",".join(f"{path.name}=0.5" for path in adapters)
-    hint = f"import peft takes the LoRAs, and run --adapter {names} mixes them with fixed weights"
-    raise UnsupportedError(mismatch(gate, found, "gates per prompt or sentence", "a gate per token and layer", hint))
+    with draft(base, out, name, "lora-flow") as made:
+        loras = [_lowrank.read(path, made.linears) for path in adapters]
+        routers = _routers(_checkpoint.read(gate), made, len(loras), temperature)
+        sites = sorted({site for lora in loras for site in lora}, key=natural_key)
+        experts = {site: Experts.of([lora.get(site) for lora in loras]) for site in sites}
+        adapter = LowRank({}, experts=experts, routers=routers)
+        branches = _lowrank.write(adapter, made.adapter_dir(identifier), made.linears)
+        made.add(identifier, branches, tuple(routers))
+    return Imported(out, (identifier,))
+
+
+def _routers(
+    state: StateDict, made: Draft, count: int, temperature: float
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    layers: dict[int, dict[str, str]] = {}
+    for key in state.tensors:
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise state.wrong(key, f"encoder.layers.<i>.{GATE} or {BIAS}", "another key")
+        layers.setdefault(int(found[1]), {})[found[2]] = key
+    modules = {name for name in owners(made.linears) if re.fullmatch(r".*\.layers\.\d+", name)}
+    if set(layers) != set(range(len(modules))):
+        raise state.wrong("tensors", f"gates of {len(modules)} layers", f"of {len(layers)}")
+    routers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in sorted(modules, key=natural_key):
+        keys = layers[int(name.rpartition(".")[2])]
+        for part in (GATE, BIAS):
+            if part not in keys:
+                raise state.wrong(f"encoder.{name.partition('.')[2]}.{part}", "a tensor", "nothing")
+        features = (*state.shape(keys[GATE]), 0, 0)[1]
+        weight, bias = state.take(keys[GATE], (count, features)), state.take(keys[BIAS], (count,))
+        routers[name] = weight / np.float32(temperature), np.stack([np.zeros_like(bias), bias])
+    return routers

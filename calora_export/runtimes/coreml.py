@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ from calora_export.adapters import Adapter
 from calora_export.coreml_engines import Engine, Engines, Predictions, Reference
 from calora_export.errors import DeviceError, PackageError, mismatch
 from calora_export.package import Package, Slots
-from calora_export.runtimes import Mix
+from calora_export.runtimes import Mix, _extras
 from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 HALF = np.dtype(np.float16)
 UNITS = {"all": "ALL", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE", "cpuOnly": "CPU_ONLY"}
 """What Apple's MLComputeUnits has → what coremltools calls it."""
+NONE = Adapter("none", None, 1, np.zeros(1, bool), {})
 HIDDEN = HALF.type(np.finfo(HALF).min)
 
 
@@ -43,7 +44,17 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
 def lay(adapter: Adapter, slots: Slots) -> Rows:
     """What a file of the adapter would hold."""
     arrays = _arrays(adapter, slots)
-    return Rows(arrays["rows"], np.ones(adapter.rank, HALF), arrays["recovery"])
+    return _rows(arrays, slots)
+
+
+def _rows(arrays: Mapping[str, np.ndarray], slots: Slots) -> Rows:
+    extras = {name: arrays[name] for name in _extras.flat_shapes(slots, 0)}
+    return Rows(arrays["rows"], _gate(extras, len(arrays["recovery"])), arrays["recovery"], extras)
+
+
+def _gate(extras: Mapping[str, np.ndarray], rank: int) -> np.ndarray:
+    """fp16 [R]: 1, but 0 on rows whose gates are each token's own."""
+    return _extras.always(extras[_extras.SELECT]).astype(HALF) if _extras.SELECT in extras else np.ones(rank, HALF)
 
 
 def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
@@ -53,16 +64,19 @@ def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
         matrices += [np.zeros((slot.inputs, adapter.rank)) if rows is None else rows.down.T for slot, rows in found]
         matrices += [np.zeros((slot.outputs, adapter.rank)) if rows is None else rows.up for slot, rows in found]
     rows = np.concatenate([np.zeros((0, adapter.rank)), *matrices]).astype(HALF)
-    return {"rows": rows, "recovery": adapter.recovery.astype(HALF)}
+    arrays = {"rows": rows, "recovery": adapter.recovery.astype(HALF)}
+    return arrays | {name: array.astype(HALF) for name, array in _extras.flat(adapter, slots).items()}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """An adapter or a mix, as the model takes it: adapter [features, R], gate [R], recovery [R], all fp16."""
+    """An adapter or a mix, as the model takes it: adapter [features, R], gate [R], recovery [R], all fp16. extras: the
+    inputs `extras` and `select`, if the model has them."""
 
     adapter: np.ndarray
     gate: np.ndarray
     recovery: np.ndarray
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -73,12 +87,14 @@ def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
     """Several adapters side by side, each with its gate; none: one row of gate 0. A lone one stays where it is."""
     if not parts:
         features = sum(slot.inputs + slot.outputs for slot in slots.tensors)
-        return Rows(np.zeros((features, 1), HALF), np.zeros(1, HALF), np.zeros(1, HALF))
+        none = {name: array.astype(HALF) for name, array in _extras.flat(NONE, slots).items()}
+        return Rows(np.zeros((features, 1), HALF), np.zeros(1, HALF), np.zeros(1, HALF), none)
     gate = np.concatenate([rows.gate * HALF.type(gate) for rows, gate in parts])
     if len(parts) == 1:
-        return Rows(parts[0][0].adapter, gate, parts[0][0].recovery)
+        return Rows(parts[0][0].adapter, gate, parts[0][0].recovery, _extras.gated(parts[0][0].extras, parts[0][1]))
     adapter = np.concatenate([rows.adapter for rows, _ in parts], axis=1)
-    return Rows(adapter, gate, np.concatenate([rows.recovery for rows, _ in parts]))
+    extras = _extras.joined([_extras.gated(rows.extras, gate) for rows, gate in parts], slots)
+    return Rows(adapter, gate, np.concatenate([rows.recovery for rows, _ in parts]), extras)
 
 
 def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
@@ -87,9 +103,10 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
     rank = tensors["recovery"].size if "recovery" in tensors else 0
     features = sum(slot.inputs + slot.outputs for slot in slots.tensors)
     expected = {"rows": f"float16 {[features, rank]}", "recovery": f"float16 {[rank]}"}
+    expected |= {name: f"float16 {list(shape)}" for name, shape in _extras.flat_shapes(slots, rank).items()}
     found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
     require_layout(path.name, expected, found)
-    return Rows(tensors["rows"], np.ones(rank, HALF), tensors["recovery"]), fingerprint
+    return _rows(tensors, slots), fingerprint
 
 
 def open_session(package: Package, threads: int) -> CoremlSession:
@@ -126,6 +143,7 @@ class CoremlSession:
             self._model, self._rows = self._function(mix), None
         else:
             parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
+            self._package.require_mixable(mix)
             self._package.require_rank(sum(rows.rank for rows, _ in parts))
             self._model = self._opened(None)
             self._rows = blend(parts, self._manifest.slots) if self._manifest.slots.tensors else None
@@ -186,6 +204,7 @@ class CoremlSession:
             inputs["position"] = np.array([start], np.int32)
         if self._rows is not None:
             inputs |= {"adapter": self._rows.adapter, "gate": self._rows.gate, "recovery": self._rows.recovery}
+            inputs |= self._rows.extras
         return inputs
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +19,13 @@ from calora_export import native, quiet
 from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, mismatch
 from calora_export.package import Package, Slots
-from calora_export.runtimes import Mix
+from calora_export.runtimes import Mix, _extras
 from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 STORED = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 METHOD = "adapted"
+NONE = Adapter("none", None, 0, np.zeros(0, bool), {})
 
 
 def prepare(package: Package) -> None:
@@ -58,8 +59,15 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
 
 def lay(adapter: Adapter, slots: Slots) -> Rows:
     """What a file of the adapter would hold."""
-    arrays = {name: torch.from_numpy(array) for name, array in _arrays(adapter, slots).items()}
-    return Rows(arrays["rows"], torch.ones(adapter.rank), arrays["recovery"])
+    return _rows({name: torch.from_numpy(array) for name, array in _arrays(adapter, slots).items()}, slots)
+
+
+def _rows(tensors: Mapping[str, Tensor], slots: Slots) -> Rows:
+    extras = {name: tensors[name].numpy() for name in _extras.flat_shapes(slots, 0)}
+    gate = torch.ones(len(tensors["recovery"]))
+    if _extras.SELECT in extras:
+        gate = torch.from_numpy(_extras.always(extras[_extras.SELECT]))
+    return Rows(tensors["rows"], gate, tensors["recovery"], extras)
 
 
 def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
@@ -70,7 +78,7 @@ def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
         matrices += [np.zeros((adapter.rank, slot.outputs)) if rows is None else rows.up.T for slot, rows in found]
     dtype = STORED[slots.dtype]
     rows = np.concatenate([np.ravel(matrix).astype(dtype) for matrix in matrices] or [np.zeros(0, dtype)])
-    return {"rows": rows, "recovery": adapter.recovery.astype(np.float32)}
+    return {"rows": rows, "recovery": adapter.recovery.astype(np.float32)} | _extras.flat(adapter, slots)
 
 
 def _shapes(slots: Slots, rank: int) -> list[tuple[int, int]]:
@@ -84,35 +92,45 @@ def _shapes(slots: Slots, rank: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """An adapter or a mix: rows [R · width], gate fp32 [R], recovery fp32 [R]."""
+    """An adapter or a mix: rows [R · width], gate fp32 [R], recovery fp32 [R]. extras: fp32 `extras` and `select`
+    [E, R], if the program takes them."""
 
     rows: Tensor
     gate: Tensor
     recovery: Tensor
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def blend(parts: Sequence[tuple[Rows, float]], slots: Slots) -> Rows:
     """Several adapters side by side in every matrix, each with its gate. A lone one stays where it is mapped."""
     none = torch.zeros(0)
     gate = torch.cat([none, *(rows.gate * gate for rows, gate in parts)])
+    gated = [_extras.gated(rows.extras, gate) for rows, gate in parts]
+    extras = _extras.joined(gated, slots) if parts else _extras.flat(NONE, slots)
     if len(parts) == 1:
-        return Rows(parts[0][0].rows, gate, parts[0][0].recovery)
+        return Rows(parts[0][0].rows, gate, parts[0][0].recovery, extras)
     matrices = [_parts(rows, _shapes(slots, len(rows.gate))) for rows, _ in parts]
     joined = [torch.cat(alike).flatten() for alike in zip(*matrices, strict=True)]
     rows = torch.cat([none.to(DTYPES[slots.dtype]), *joined])
-    return Rows(rows, gate, torch.cat([none, *(rows.recovery for rows, _ in parts)]))
+    return Rows(rows, gate, torch.cat([none, *(rows.recovery for rows, _ in parts)]), extras)
 
 
 def adapter_inputs(rows: Rows, slots: Slots, kernels: str) -> list[Tensor]:
     """What the program takes of them: rows as a whole; or, to be multiplied where they are, every group's down
     [parts · R, in] and every site's up [1, R, out]."""
+    more = [_strided(array[None] if array.ndim == 2 else array) for array in rows.extras.values()]
     if kernels == "calora":
-        return [rows.rows, rows.gate, rows.recovery]
+        return [rows.rows, rows.gate, rows.recovery, *more]
     rank = len(rows.gate)
     shapes: list[tuple[int, ...]] = []
     for group in slots.groups():
         shapes += [(len(group) * rank, group[0].inputs), *((1, rank, slot.outputs) for slot in group)]
-    return [*_parts(rows, shapes), rows.gate, rows.recovery]
+    return [*_parts(rows, shapes), rows.gate, rows.recovery, *more]
+
+
+def _strided(array: np.ndarray) -> Tensor:
+    """A copy, with the strides that the runtime wants of a tensor without elements too: numpy's are 0."""
+    return torch.zeros(array.shape).copy_(torch.from_numpy(array))
 
 
 def _parts(rows: Rows, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -127,9 +145,11 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
     rank = len(tensors["recovery"]) if "recovery" in tensors and tensors["recovery"].dim() else 0
     size = sum(a * b for a, b in _shapes(slots, rank))
     expected = {"rows": f"{DTYPES[slots.dtype]} {[size]}", "recovery": f"{torch.float32} {[rank]}"}
+    shapes = _extras.flat_shapes(slots, rank)
+    expected |= {name: f"{torch.float32} {list(shape)}" for name, shape in shapes.items()}
     found = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
     require_layout(path.name, expected, found)
-    return Rows(tensors["rows"], torch.ones(rank), tensors["recovery"]), fingerprint
+    return _rows(tensors, slots), fingerprint
 
 
 def open_session(package: Package, threads: int) -> ExecutorchSession:
@@ -156,6 +176,7 @@ class ExecutorchSession:
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
+        self._package.require_mixable(mix)
         rows = blend(parts, self._manifest.slots)
         self._package.require_rank(len(rows.gate))
         self._adapter_inputs = adapter_inputs(rows, self._manifest.slots, self._manifest.settings.kernels)

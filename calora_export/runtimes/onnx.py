@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from msgspec import UNSET
 
 from calora_export import native
 from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, UnsupportedError, mismatch
 from calora_export.package import ModelInfo, Package, Slots
-from calora_export.runtimes import Mix
+from calora_export.runtimes import Mix, _extras
 from calora_export.runtimes._shelf import Shelf, require_layout
 
 VERSION = 1
+ALWAYS = "always"
 QUIET = 3
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
@@ -60,6 +62,9 @@ def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
         if rows is not None:
             arrays[tensor.down][tensor.part * rank : (tensor.part + 1) * rank] = rows.down
             arrays[tensor.up][:] = rows.up.T
+    arrays |= _extras.arrays(adapter, slots)
+    if slots.routed is not UNSET:
+        arrays[ALWAYS] = _extras.always(arrays[_extras.SELECT])
     if slots.recovery is not None:
         arrays[slots.recovery] = adapter.recovery.astype(np.float32)
     elif adapter.recovery.any():
@@ -112,6 +117,8 @@ def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots)
     expected = {tensor.down: f"{kind} {[tensor.parts * rank, tensor.inputs]}" for tensor in slots.tensors}
     expected |= {tensor.up: f"{kind} {[rank, tensor.outputs]}" for tensor in slots.tensors}
     expected |= {slots.recovery: f"{KINDS['fp32']} {[rank]}"} if slots.recovery else {}
+    expected |= {name: f"{KINDS['fp32']} {list(shape)}" for name, shape in _extras.shapes(slots, rank).items()}
+    expected |= {} if slots.routed is UNSET else {ALWAYS: f"{KINDS['fp32']} {[rank]}"}
     found = {name: f"{value.data_type()} {shapes[name]}" for name, value in values.items()}
     require_layout(file, expected, found)
 
@@ -128,6 +135,9 @@ def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) ->
             blended[tensor.down] = np.concatenate(downs, axis=1).reshape(-1, tensor.inputs)
     if slots.recovery is not None:
         blended[slots.recovery] = np.concatenate([arrays[slots.recovery] for arrays, _ in parts])
+    blended |= _extras.blended([arrays for arrays, _ in parts], slots)
+    if slots.routed is not UNSET:
+        blended[ALWAYS] = _extras.always(blended[_extras.SELECT])
     return blended
 
 
@@ -152,6 +162,7 @@ class OnnxSession:
         return dict(self._mix)
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        self._package.require_mixable(mix)
         parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
         self._rows = self._combine(parts)
         self._binding = self._model.io_binding()

@@ -15,7 +15,7 @@ from calora_export import program
 from calora_export.adapters import Adapter
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.package import Package, Slots
-from calora_export.runtimes import Mix
+from calora_export.runtimes import Mix, _extras
 from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
 
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
@@ -48,7 +48,7 @@ def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     elif adapter.recovery.any():
         hint = "export again from a bundle with recovery"
         raise UnsupportedError(mismatch(adapter.id, "branches", "linear ones only", "recovery", hint))
-    return arrays
+    return arrays | _extras.arrays(adapter, slots)
 
 
 def lay(adapter: Adapter, slots: Slots) -> Mapping[str, Tensor]:
@@ -64,6 +64,7 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Mapping[str, Tensor], str]:
     expected = {slot.down: f"{dtype} {[rank, slot.inputs]}" for slot in slots.tensors}
     expected |= {slot.up: f"{dtype} {[rank, slot.outputs]}" for slot in slots.tensors}
     expected |= {slots.recovery: f"bool {[rank]}"} if slots.recovery else {}
+    expected |= {name: f"float32 {list(shape)}" for name, shape in _extras.shapes(slots, rank).items()}
     found = {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
     require_layout(path.name, expected, found)
     return tensors, fingerprint
@@ -77,6 +78,7 @@ class _Rows:
     ups: Sequence[Tensor]
     gate: Tensor
     recovery: Tensor
+    extras: Sequence[Tensor]
 
     @staticmethod
     def blended(parts: Sequence[tuple[Mapping[str, Tensor], float]], slots: Slots) -> _Rows:
@@ -91,7 +93,12 @@ class _Rows:
         if slots.recovery is not None and parts:
             recovery = torch.cat([tensors[slots.recovery] for tensors, _ in parts])
         downs = [stacked(slot.down, slot.inputs) for slot in slots.tensors]
-        return _Rows(downs, [stacked(slot.up, slot.outputs).T for slot in slots.tensors], gate, recovery)
+        ups = [stacked(slot.up, slot.outputs).T for slot in slots.tensors]
+        extras = _extras.blended([{n: t.numpy() for n, t in tensors.items()} for tensors, _ in parts], slots)
+        if _extras.SELECT in extras:
+            select = extras[_extras.SELECT]
+            extras[_extras.SELECT], gate = select * gate.numpy(), gate * torch.from_numpy(_extras.always(select))
+        return _Rows(downs, ups, gate, recovery, [torch.from_numpy(array) for array in extras.values()])
 
 
 def open_session(package: Package, threads: int) -> TorchSession:
@@ -119,6 +126,7 @@ class TorchSession:
         return dict(self._mix)
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
+        self._package.require_mixable(mix)
         parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]
         self._rows = _Rows.blended(parts, self._manifest.slots)
         self._mix = dict(mix)
@@ -132,7 +140,7 @@ class TorchSession:
         self._package.require_room(self._cache[0].shape[2] + len(ids))
         rows = self._rows
         logits, *self._cache = self._model(
-            torch.tensor([list(ids)]), *self._cache, *rows.downs, *rows.ups, rows.gate, rows.recovery
+            torch.tensor([list(ids)]), *self._cache, *rows.downs, *rows.ups, rows.gate, rows.recovery, *rows.extras
         )
         return logits[0].numpy()
 

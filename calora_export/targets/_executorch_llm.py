@@ -46,7 +46,7 @@ class Operators:
         out = self._steps.outside(call, [q, k, v], q.shape)
         return self._steps.reshape(out, (1, SEQUENCE, attention.heads * attention.head_dim))
 
-    def slotted(self, x: Ref, y: Ref, widths: Sequence[int], members: Sequence[int]) -> list[Ref]:
+    def slotted(self, x: Ref, y: Ref, widths: Sequence[int], members: Sequence[int], gates: Ref | None) -> list[Ref]:
         starts = [sum(widths[:i]) for i in range(len(widths))]
         offset, outs = self._offset, [widths[i] for i in members]
         self._offset += len(outs) * x.shape[-1] + sum(outs)
@@ -55,7 +55,9 @@ class Operators:
             method = frame.method
             columns = method.numbers([starts[i] for i in members])
             layout = (method.number(offset), columns, method.numbers(outs))
-            method.call("calora::slot.out", [*inputs, *frame.adapter, *layout, output, output])
+            rows, gate, recovery = frame.adapter
+            x, y, *own = inputs
+            method.call("calora::slot.out", [x, y, rows, *(own or [gate]), recovery, *layout, output, output])
 
-        added = self._steps.outside(call, [x, y], y.shape, in_place=y)
+        added = self._steps.outside(call, [x, y, *([] if gates is None else [gates])], y.shape, in_place=y)
         return [self._steps.slice(added, start, width) for start, width in zip(starts, widths, strict=True)]

@@ -19,6 +19,7 @@ from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
 from calora_export.targets import _nodes
 from calora_export.targets._executorch_steps import (
+    RANK,
     Attention,
     Frame,
     Inside,
@@ -57,6 +58,8 @@ class _Walk:
         self.roles = graph.roles()
         self.values: dict[tuple[Node, int], Ref] = {}
         self.rope: dict[str, Ref] = {}
+        self.sizes = graph.extras.sizes(graph.slots)
+        self.extras: dict[str, Ref] = {}
 
     def run(self) -> Plan:
         outputs = _nodes.results(self.graph)
@@ -105,7 +108,9 @@ class _Walk:
         y = self._masked(y, widths, _nodes.masks(node))
         members = [i for i, _ in _nodes.slot_sites(self.roles, node)] if self.slots else []
         if members:
-            outputs = self.operators.slotted(self.value(node.args[0]), y, widths, members)
+            gates = _nodes.node(node.args[7])
+            own = None if gates.op == "placeholder" else self.value(gates)
+            outputs = self.operators.slotted(self.value(node.args[0]), y, widths, members, own)
         else:
             outputs = [self.steps.slice(y, sum(widths[:i]), width) for i, width in enumerate(widths)]
         self.values.update({(node, i): output for i, output in enumerate(outputs)})
@@ -181,6 +186,50 @@ class _Walk:
 
         found_shape = (*x.shape[:-1], count)
         self.values[node, 0] = self.steps.outside(call, [found], shape)
+
+    def lower_token_gates(self, node: Node) -> None:
+        """[1, S, R]; without slots nobody reads them."""
+        if not self.slots:
+            return
+        x, weight, bias = self.value(node.args[0]), *(self._extra(arg) for arg in node.args[1:3])
+        around = _nodes.node(node.args[4])
+        outer = [] if around.op == "placeholder" else [self.value(around)]
+        experts, shape = weight.shape[0], (1, SEQUENCE, RANK)
+
+        def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
+            method, (x, weight, bias, *others) = frame.method, inputs
+            one, named = method.number(1), frame.named
+            inner, outer = (method.tensor("fp32", [1, experts], dynamic=False) for _ in range(2))
+            for row, part in enumerate((inner, outer)):
+                call_slice(method, bias, 0, method.number(row), method.number(row + 1), part)
+            scores, shifted, shares, weights = (frame.tensor((1, SEQUENCE, experts)) for _ in range(4))
+            marked = frame.tensor(shape)
+            method.call("aten::linear.out", [x, weight, method.number(None), scores, scores])
+            method.call("aten::add.out", [scores, inner, one, shifted, shifted])
+            options = (method.number(-1), method.number(False))
+            method.call("aten::_softmax.out", [shifted, *options, shares, shares])
+            method.call("aten::add.out", [shares, outer, one, weights, weights])
+            method.call("aten::bmm.out", [weights, named["select"], marked, marked])
+            gate = others[0] if others else frame.adapter[-2]
+            method.call("aten::add.out", [marked, gate, one, output, output])
+
+        self.values[node, 0] = self.steps.outside(call, [x, weight, bias, *outer], shape)
+
+    def _extra(self, arg: object) -> Ref:
+        """A part of the input `extras`, in its shape."""
+        role = self._role(arg)
+        if role not in self.extras:
+            names = list(self.sizes)
+            start, shape = sum(math.prod(self.sizes[name]) for name in names[: names.index(role)]), self.sizes[role]
+
+            def call(frame: Frame, _: Sequence[int], output: int) -> None:
+                method, end = frame.method, start + math.prod(shape)
+                part = method.tensor("fp32", [math.prod(shape)], dynamic=False)
+                call_slice(method, frame.named["extras"], 0, method.number(start), method.number(end), part)
+                method.view(part, [method.number(size) for size in shape], output)
+
+            self.extras[role] = self.steps.outside(call, [], shape)
+        return self.extras[role]
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
@@ -271,6 +320,10 @@ class _Walk:
     # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def lower_binary(self, node: Node) -> None:
+        scale = next((arg for arg in node.args[:2] if self._is_extra(arg)), None)
+        if scale is not None and not self.slots:  # without an adapter a layer is as it is
+            (self.values[node, 0],) = (self.value(arg) for arg in node.args[:2] if arg is not scale)
+            return
         kind, sides = _BINARY[node.target], [self._side(arg) for arg in node.args[:2]]
 
         def emit(graph: Subgraph, values: Sequence[Value]) -> Value:
@@ -284,7 +337,12 @@ class _Walk:
         """An operand: computed, a tensor that the model holds, or a number."""
         if not isinstance(arg, Node):
             return np.array([arg])
+        if self._is_extra(arg):
+            return self._extra(arg)
         return self.graph.tensors[self._role(arg)].numpy() if arg.op == "placeholder" else self.value(arg)
+
+    def _is_extra(self, arg: object) -> bool:
+        return isinstance(arg, Node) and arg.op == "placeholder" and self._role(arg) in self.sizes
 
     def lower_silu(self, node: Node) -> None:
         x = self.value(node.args[0])
@@ -400,6 +458,7 @@ _BINARY: Mapping[object, type[schema.XNNNode2x1]] = {
 _HANDLERS: Mapping[object, Callable[[_Walk, Node], None]] = {
     CALORA.linears.default: _Walk.lower_linears,
     CALORA.experts.default: _Walk.lower_experts,
+    CALORA.token_gates.default: _Walk.lower_token_gates,
     CALORA.embedding.default: _Walk.lower_embedding,
     CALORA.rms_norm.default: _Walk.lower_rms_norm,
     CALORA.attention.default: _Walk.lower_attention,

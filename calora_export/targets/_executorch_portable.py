@@ -151,29 +151,33 @@ class Operators:
 
     # ── slots ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def slotted(self, x: Ref, y: Ref, widths: Sequence[int], members: Sequence[int]) -> list[Ref]:
+    def slotted(self, x: Ref, y: Ref, widths: Sequence[int], members: Sequence[int], gates: Ref | None) -> list[Ref]:
         first = self._matrices
         self._matrices += 1 + len(members)
-        rows = self._rows(x, first, len(members))
+        rows = self._rows(x, first, len(members), gates)
         added = {i: self._up(rows, first + 1 + part, part, widths[i]) for part, i in enumerate(members)}
         outputs = [self._steps.slice(y, sum(widths[:i]), width) for i, width in enumerate(widths)]
         return [self._steps.add(output, added[i]) if i in added else output for i, output in enumerate(outputs)]
 
-    def _rows(self, x: Ref, matrix: int, parts: int) -> Ref:
+    def _rows(self, x: Ref, matrix: int, parts: int, gates: Ref | None) -> Ref:
         """gate ⊙ act(down x) of every part: [S, parts, R]."""
         shape = (SEQUENCE, parts, RANK)
 
         def call(frame: Frame, inputs: Sequence[int], output: int) -> None:
-            method, (x, recovery) = frame.method, inputs
+            method, (x, recovery, *own) = frame.method, inputs
+            gate = frame.adapter[-2]
+            if own:
+                gate = frame.tensor((SEQUENCE, 1, RANK))
+                method.view(own[0], frame.sizes((SEQUENCE, 1, RANK)), gate)
             flat = method.tensor("fp32", [1, frame.bounds.sequence, parts * frame.bounds.rank], dynamic=True)
             method.call("aten::linear.out", [x, frame.adapter[matrix], method.number(None), flat, flat])
             rows, bent, chosen = (frame.tensor(shape) for _ in range(3))
             method.view(flat, frame.sizes(shape), rows)
             method.call("aten::gelu.out", [rows, method.text("none"), bent, bent])
             method.call("aten::where.self_out", [recovery, bent, rows, chosen, chosen])
-            method.call("aten::mul.out", [chosen, frame.adapter[-2], output, output])
+            method.call("aten::mul.out", [chosen, gate, output, output])
 
-        return self._steps.outside(call, [x, self._recovery], shape)
+        return self._steps.outside(call, [x, self._recovery, *([] if gates is None else [gates])], shape)
 
     def _up(self, rows: Ref, matrix: int, part: int, width: int) -> Ref:
         """What one part adds: [1, S, out]."""

@@ -170,8 +170,11 @@ class Operators(Protocol):
         """q [1, S, H, D], k and v [1, S, KV, D], rotated → [1, S, H · D]; keeps keys and values for later calls."""
         ...
 
-    def slotted(self, x: Ref, y: Ref, widths: Sequence[int], members: Sequence[int]) -> list[Ref]:
-        """The linear layers of x whose outputs are side by side in y: those among members with their slots added."""
+    def slotted(self, x: Ref, y: Ref, widths: Sequence[int], members: Sequence[int], gates: Ref | None) -> list[Ref]:
+        """The linear layers of x whose outputs are side by side in y: those among members with their slots added.
+
+        gates: [1, S, R] where each token has its own.
+        """
         ...
 
 

@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from msgspec import UNSET, UnsetType
 from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
-from calora_export.package import SlotTensor
+from calora_export.package import Routed, SlotTensor
 
 Handler = TypeVar("Handler")
 ATEN, CALORA = torch.ops.aten, torch.ops.calora
@@ -192,6 +193,19 @@ def slot_tensors(graph: Graph) -> tuple[SlotTensor, ...]:
             slot = sizes[site]
             tensors.append(SlotTensor(site, f"{prefix}.down", i, len(sites), f"{site}.up", slot.inputs, slot.outputs))
     return tuple(tensors)
+
+
+def extras(graph: Graph) -> tuple[tuple[str, ...] | UnsetType, Routed | UnsetType]:
+    """What package.json says of a graph's extras: `scaled` and `routed` of its slots."""
+    found = graph.extras
+    routed = Routed(found.scopes, found.experts, found.features) if found.scopes else UNSET
+    return found.scaled or UNSET, routed
+
+
+def named_extra(role: str) -> str:
+    """`before.<site>` → `<site>.before`: what an adapter's tensor for a graph's input is called."""
+    part, _, owner = role.partition(".")
+    return f"{owner}.{part}" if owner else part
 
 
 def member(getitem: Node) -> tuple[Node, int]:

@@ -43,6 +43,7 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
         lowerings = {names[adapter]: _Lowering(graph, slots, baked) for adapter, baked in rows.items()}
     program = _coreml_program.build(inputs, states, {name: lowering.run for name, lowering in lowerings.items()})
     _coreml_program.save(program, directory / MODEL, _description(recipe, origin), inputs, states)
+    scaled, routed = _nodes.extras(graph)
     return Slots(
         rank="dynamic",
         gate="gate",
@@ -50,6 +51,8 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
         fingerprint="base_fingerprint",
         dtype=recipe.adapters,
         tensors=slots,
+        scaled=scaled,
+        routed=routed,
     )
 
 
@@ -83,6 +86,11 @@ def _inputs(graph: Graph, slots: Sequence[SlotTensor], recipe: Recipe) -> list[I
             Input("gate", (rank,), HALF, "Each row's weight, 1 for an adapter alone. Rank 1 and gate 0: the base."),
             Input("recovery", (rank,), HALF, "1 where a row is recovery, and passes a GELU; else 0."),
         ]
+    if extras := sum(math.prod(shape) for shape in graph.extras.sizes(graph.slots).values()):
+        found.append(Input("extras", (extras,), HALF, "An adapter file's `extras`: scales of layers, routers."))
+    if graph.extras.scopes:
+        select = (graph.extras.experts, Flexible("rank", recipe.rank_budget))
+        found.append(Input("select", select, HALF, "1 where a row is an expert's, whose gate is 0 then."))
     return found
 
 
@@ -117,6 +125,7 @@ class _Lowering:
     def __init__(self, graph: Graph, slots: Sequence[SlotTensor], baked: Rows | None) -> None:
         self.graph, self.slots, self.baked = graph, {slot.site: slot for slot in slots}, baked
         self.offsets = _offsets(slots)
+        self.extras = graph.extras.sizes(graph.slots)
         self.roles = graph.roles()
         self.values: dict[tuple[Node, int], Var] = {}
         self.shared: dict[object, Var] = {}
@@ -147,7 +156,19 @@ class _Lowering:
         if node.op != "placeholder":
             return self.values[_nodes.member(node) if node.target is operator.getitem else (node, 0)]
         role = self.roles[node.name]
+        if role in self.extras:
+            return self._once(role, lambda: self._extra(role))
+        if role in ("gate", "select"):
+            return self.inputs[role]
         return self.inputs["inputIds"] if role == "ids" else self._held(role)
+
+    def _extra(self, role: str) -> Var:
+        """A part of the input `extras`, in its shape."""
+        names = list(self.extras)
+        start = sum(math.prod(self.extras[name]) for name in names[: names.index(role)])
+        shape = self.extras[role]
+        part = _slice(self.inputs["extras"], 0, start, start + math.prod(shape))
+        return mb.reshape(x=part, shape=list(shape))
 
     def _held(self, role: str) -> Var:
         return self._once(role, lambda: _constant(_nodes.short(role), self.graph.tensors[role].numpy()))
@@ -161,7 +182,7 @@ class _Lowering:
 
     def lower_linears(self, node: Node) -> None:
         x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
-        deltas = self._deltas(x, _nodes.slot_sites(self.roles, node))
+        deltas = self._deltas(x, _nodes.slot_sites(self.roles, node), node.args[7])
         x = _rounded(x) if node.args[9] == W8A8 else x
         for i, weight in enumerate(weights):
             bias = _constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
@@ -190,14 +211,14 @@ class _Lowering:
     def _weight(self, weight: Weight) -> Var:
         return self._once(weight.name, lambda: weight_of(weight))
 
-    def _deltas(self, x: Var, members: Sequence[tuple[int, str]]) -> dict[int, Var]:
+    def _deltas(self, x: Var, members: Sequence[tuple[int, str]], gates: object) -> dict[int, Var]:
         """Member → what its slot adds: one `down` and one non-linearity for the group, one `up` each."""
         if self.baked is not None:
             members = [(member, site) for member, site in members if site in self.baked.sites]
         if not members:
             return {}
         sites = [site for _, site in members]
-        rows = self._act(mb.matmul(x=x, y=self._down(sites)))  # [members, S, R]
+        rows = self._act(mb.matmul(x=x, y=self._down(sites)), gates)  # [members, S, R]
         deltas: dict[int, Var] = {}
         for part, (member, site) in enumerate(members):
             mine = rows if len(members) == 1 else _slice(rows, 0, part, part + 1)
@@ -221,7 +242,7 @@ class _Lowering:
         start = self.offsets[site][1]
         return _slice(self.inputs["adapter"], 0, start, start + self.slots[site].outputs)
 
-    def _act(self, rows: Var) -> Var:
+    def _act(self, rows: Var, gates: object) -> Var:
         """GELU on recovery rows, then gates."""
         if self.baked is not None:
             marks = self.baked.recovery.numpy()
@@ -229,7 +250,14 @@ class _Lowering:
         if self.graph.recovery:
             marked = self._once("recovery", lambda: mb.greater(x=self.inputs["recovery"], y=HALF(0.5)))
             rows = mb.select(cond=marked, a=mb.gelu(x=rows, mode="EXACT"), b=rows)
-        return mb.mul(x=rows, y=self.inputs["gate"])
+        return mb.mul(x=rows, y=self.value(gates))
+
+    def lower_token_gates(self, node: Node) -> None:
+        x, weight, bias, select, gate = (self.value(arg) for arg in node.args)
+        inner, outer = mb.split(x=bias, num_splits=2, axis=0)
+        scores = mb.add(x=mb.matmul(x=x, y=weight, transpose_y=True), y=inner)
+        weights = mb.add(x=mb.softmax(x=scores, axis=-1), y=outer)
+        self.values[node, 0] = mb.add(x=mb.matmul(x=weights, y=select), y=gate)
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
@@ -477,6 +505,7 @@ _UNARY: Mapping[object, Callable[..., Var]] = {ATEN.silu.default: mb.silu, ATEN.
 _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
     CALORA.linears.default: _Lowering.lower_linears,
     CALORA.experts.default: _Lowering.lower_experts,
+    CALORA.token_gates.default: _Lowering.lower_token_gates,
     CALORA.embedding.default: _Lowering.lower_embedding,
     CALORA.rms_norm.default: _Lowering.lower_rms_norm,
     CALORA.attention.default: _Lowering.lower_attention,

@@ -6,9 +6,11 @@ Both read the same constants.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from calora_export import quiet
 from calora_export.graph import Graph
@@ -18,7 +20,7 @@ from calora_export.routers import Router
 from calora_export.targets import Origin, _executorch_llm, _executorch_portable, _nodes
 from calora_export.targets._executorch_plan import Plan, plan
 from calora_export.targets._executorch_program import Method, Program
-from calora_export.targets._executorch_steps import Bounds, Frame, Inside, Kind, Outside, Ref
+from calora_export.targets._executorch_steps import RANK, Bounds, Frame, Inside, Kind, Outside, Ref
 from calora_export.targets._xnnpack import SEQUENCE, Shape, Subgraph
 
 MODEL, ROUTER = "model.pte", "router.pte"
@@ -33,10 +35,11 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
     program = Program()
     program.add(_method("forward", plan(graph, kind, slots=False), program, bounds))
     adapter = kind.adapter_inputs(tensors, recipe.adapters, recipe.rank_budget)
-    program.add(_method("adapted", plan(graph, kind, slots=True), program, bounds, adapter))
+    program.add(_method("adapted", plan(graph, kind, slots=True), program, bounds, adapter, _extras(graph)))
     for name, values in _facts(graph, bounds.sequence, recipe, origin).items():
         program.answer(name, values)
     program.write(directory / MODEL)
+    scaled, routed = _nodes.extras(graph)
     return Slots(
         rank="dynamic",
         gate="gate",
@@ -44,6 +47,8 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
         fingerprint="base_fingerprint",
         dtype=recipe.adapters,
         tensors=tensors,
+        scaled=scaled,
+        routed=routed,
     )
 
 
@@ -81,10 +86,22 @@ def _facts(graph: Graph, longest: int, recipe: Recipe, origin: Origin) -> dict[s
     return facts if origin.bos is None else facts | {"get_bos_id": [origin.bos]}
 
 
+def _extras(graph: Graph) -> dict[str, Shape]:
+    """Inputs that adapters fill beside rows: what does not grow with the rank, in one; and which rows are experts'."""
+    total = sum(math.prod(shape) for shape in graph.extras.sizes(graph.slots).values())
+    select: dict[str, Shape] = {"select": (1, graph.extras.experts, RANK)} if graph.extras.scopes else {}
+    return ({"extras": (total,)} if total else {}) | select
+
+
 def _method(
-    name: str, plan: Plan, program: Program, bounds: Bounds, adapter: Sequence[tuple[str, Shape]] = ()
+    name: str,
+    plan: Plan,
+    program: Program,
+    bounds: Bounds,
+    adapter: Sequence[tuple[str, Shape]] = (),
+    extras: Mapping[str, Shape] = MappingProxyType({}),
 ) -> Method:
-    """adapter: kind and shape of each input that an adapter fills."""
+    """adapter: kind and shape of each input that an adapter's rows fill; extras: shapes of what it has beside them."""
     method = Method(name, program)
     tokens = method.input("int64", bounds.of((1, SEQUENCE)), dynamic=True)
     start = method.input("int64", [1], dynamic=False)
@@ -93,6 +110,7 @@ def _method(
     length = method.computed("aten::sym_size.int", tokens, method.number(1))
     end = method.computed("executorch_prim::add.Scalar", position, length)
     named = {name: method.constant(array) for name, array in plan.constants.items()}
+    named |= {name: method.input("fp32", bounds.of(shape), dynamic=RANK in shape) for name, shape in extras.items()}
     named |= {name: method.state(shape) for name, shape in plan.caches.items()}
     frame = Frame(method, bounds, tokens, position, length, end, rows, named)
     values: dict[int, int] = {}

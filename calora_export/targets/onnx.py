@@ -37,10 +37,14 @@ INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.onnx and model.onnx.data; return which tensors an adapter file must hold."""
+    if graph.extras.scopes and recipe.kernels == "calora":
+        expected, found = "stock, whose operators take gates of each token", "calora, with experts by token"
+        raise UnsupportedError(mismatch("recipe", "kernels", expected, found))
     with DataFile(directory / f"{MODEL}.data") as data:
         lowering = _Lowering(graph, recipe, Builder(data))
         outputs = lowering.run(bytes.fromhex(origin.fingerprint.removeprefix("sha256:")))
     ir.save(lowering.build.model(outputs), directory / MODEL)
+    scaled, routed = _nodes.extras(graph)
     return Slots(
         rank="dynamic",
         gate="folded into up",
@@ -48,6 +52,8 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
         fingerprint="base_fingerprint",
         dtype=recipe.adapters,
         tensors=tuple(lowering.tensors),
+        scaled=scaled,
+        routed=routed,
     )
 
 
@@ -93,10 +99,12 @@ def _quiet_exporter() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for."""
+    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for. gates:
+    of each token, where they are not folded into up."""
 
     down: ir.Value
     ups: Mapping[int, ir.Value]
+    gates: ir.Value | None
 
 
 class _Lowering:
@@ -179,6 +187,19 @@ class _Lowering:
         self.build.default(base, np.frombuffer(fingerprint, np.uint8).copy())
         if self.graph.recovery:
             self._adapter_input("recovery", ["rank"], ir.DataType.FLOAT)
+        self._declare_extras()
+
+    def _declare_extras(self) -> None:
+        """Scales are 1 and routers 0 without an adapter that has such."""
+        extras = self.graph.extras
+        for role, shape in extras.sizes(self.graph.slots).items():
+            value = self.build.declare(role, _nodes.named_extra(role), ir.DataType.FLOAT, shape)
+            if self.recipe.adapter_inputs == "optional":
+                none = float(role.startswith(("before.", "after.")))
+                self.build.default(value, np.full(shape, none, np.float32))
+        if extras.scopes:
+            self._adapter_input("select", [extras.experts, "rank"], ir.DataType.FLOAT)
+            self._adapter_input("always", ["rank"], ir.DataType.FLOAT)
 
     def _adapter_input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
         """An input that adapter files fill: of rank 0 without one, or required where there is no adapter API."""
@@ -265,7 +286,8 @@ class _Lowering:
             outputs = slots[site].outputs
             ups[member] = self._adapter_input(f"{site}.up", ["rank", outputs], dtype)
             self.tensors.append(SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, outputs))
-        return _Rows(down, ups)
+        gates = _nodes.node(node.args[7])
+        return _Rows(down, ups, None if gates.op == "placeholder" else self.value(gates))
 
     def _deltas(self, x: ir.Value, rows: _Rows) -> dict[int, ir.Value]:
         """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
@@ -274,6 +296,8 @@ class _Lowering:
         if self.graph.recovery:
             h = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", h), h)
         parts = [h] if count == 1 else self._split_rows(h, count)
+        if rows.gates is not None:
+            parts = [self.build.emit("Mul", part, rows.gates) for part in parts]
         return {
             member: self.build.emit("MatMul", part, self._floats(up))
             for (member, up), part in zip(rows.ups.items(), parts, strict=True)
@@ -317,6 +341,18 @@ class _Lowering:
         return self.build.emit_many("Split", rows, self.shared[key], outputs=count, axis=-1)
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
+
+    def lower_token_gates(self, node: Node) -> None:
+        """Without what is folded into `up`: 1 on rows that are no expert's."""
+        x, weight, bias, select, gate = node.args
+        emit = self.build.emit
+        inner, outer = self.build.emit_many("Split", self.value(bias), outputs=2, axis=0, num_outputs=2)
+        scores = emit("FusedMatMul", self.value(x), self.value(weight), domain=CONTRIB, transB=1)
+        weights = emit("Add", emit("Softmax", emit("Add", scores, inner), axis=-1), outer)
+        marked = emit("MatMul", weights, self.value(select))
+        around = _nodes.node(gate)
+        others = self.build.inputs["always"] if around.op == "placeholder" else self.value(around)
+        self.values[node] = emit("Add", marked, others)
 
     def lower_embedding(self, node: Node) -> None:
         weight = _nodes.table(self.graph, self.roles, node)
@@ -461,6 +497,7 @@ class _Lowering:
 _HANDLERS: Mapping[object, Callable[[_Lowering, Node], None]] = {
     CALORA.linears.default: _Lowering.lower_linears,
     CALORA.experts.default: _Lowering.lower_experts,
+    CALORA.token_gates.default: _Lowering.lower_token_gates,
     CALORA.embedding.default: _Lowering.lower_embedding,
     CALORA.rms_norm.default: _Lowering.lower_rms_norm,
     CALORA.attention.default: _Lowering.lower_attention,

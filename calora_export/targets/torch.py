@@ -11,7 +11,7 @@ from calora_export.graph import Graph
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import Origin
+from calora_export.targets import Origin, _nodes
 
 MODEL = "model.safetensors"
 
@@ -19,6 +19,7 @@ MODEL = "model.safetensors"
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.safetensors; its inputs are those of the graph, and every site has tensors of its own."""
     program.write(graph.program, directory / MODEL)
+    scaled, routed = _nodes.extras(graph)
     return Slots(
         rank="dynamic",
         gate="gate",
@@ -29,6 +30,8 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
             SlotTensor(slot.site, f"{slot.site}.down", 0, 1, f"{slot.site}.up", slot.inputs, slot.outputs)
             for slot in graph.slots
         ),
+        scaled=scaled,
+        routed=routed,
     )
 
 

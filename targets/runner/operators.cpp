@@ -12,11 +12,13 @@
 namespace calora {
 namespace {
 
-/// h = gate · (recovery ? GELU(h) : h) for rows [first, first + count). Hendrycks and Gimpel, arXiv:1606.08415, with erf.
-void activate(const Group& group, float* h, int64_t first, int64_t count) {
+/// h = gate · (recovery ? GELU(h) : h) of a position for rows [first, first + count). Hendrycks and Gimpel,
+/// arXiv:1606.08415, with erf.
+void activate(const Group& group, float* h, int64_t position, int64_t first, int64_t count) {
   for (int64_t r = 0; group.recovery && r < count; ++r)
     if (group.recovery[first + r] != 0.0f) h[r] = 0.5f * h[r] * (1.0f + erff(h[r] * 0.70710678f));
-  for (int64_t r = 0; group.gate && r < count; ++r) h[r] *= group.gate[first + r];
+  const float* const gate = group.gate ? group.gate + position * group.own + first : nullptr;
+  for (int64_t r = 0; gate && r < count; ++r) h[r] *= gate[r];
 }
 
 #if defined(__x86_64__)
@@ -107,7 +109,7 @@ private:
 
   void down(int64_t begin, int64_t end) {
     kernels_.down(group_, h_, begin, end);
-    for (int64_t row = begin; row < end; ++row) activate(group_, h_ + row, row % group_.rank, 1);
+    for (int64_t row = begin; row < end; ++row) activate(group_, h_ + row, 0, row % group_.rank, 1);
     rows_done_.fetch_add(end - begin, std::memory_order_release);
   }
 

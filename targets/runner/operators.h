@@ -21,7 +21,7 @@ struct Member {
 };
 
 /// The linears of one x [positions, inputs]: down [count · rank, inputs], member below member; gate and recovery [rank],
-/// or null for ones and for none. down and all up are fp16 when `half` is set, fp32 otherwise.
+/// or null for ones and for none; own: from one position's gates to the next's, 0 where they share them. down and all up are fp16 when `half` is set, fp32 otherwise.
 struct Group {
   const float* x;
   const void* down;
@@ -30,6 +30,7 @@ struct Group {
   const Member* members;
   int64_t count;
   bool half;
+  int64_t own = 0;
 };
 
 /// A runtime's thread pool: calls task(data, i) for every i < count and returns when all are done.

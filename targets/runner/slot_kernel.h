@@ -16,7 +16,7 @@ CALORA_INLINE void slot_positions(const Group& group, int64_t s) {
       const int64_t count = group.rank - r < tile ? group.rank - r : tile;
       float h[M * tile];
       dots<M>(x, group.inputs, down + r * group.inputs, group.inputs, group.inputs, count, h, tile);
-      for (int m = 0; m < M; ++m) activate(group, h + m * tile, r, count);
+      for (int m = 0; m < M; ++m) activate(group, h + m * tile, s + m, r, count);
       sums<M>(h, tile, up + r * member.outputs, member.outputs, count, from, out, member.stride, member.outputs);
       from = out;
     }

@@ -21,26 +21,30 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from calora_export import bundle as bundles
 from calora_export import factors, pipeline
 from calora_export import package as packages
-from calora_export.errors import FingerprintError, PackageError
-from calora_export.importers import lots, mtl_lora, peft, sharelora
+from calora_export.errors import FingerprintError, PackageError, UnsupportedError
+from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora, peft, sharelora
 from calora_export.package import Package
 from calora_export.runtimes import Mix, Session
-from tests.bundles import tiny_base
+from tests.bundles import HIDDEN, tiny_base
 from tests.contract.test_target import OTHER_BASE
 from tests.importers import methods
-from tests.importers.methods import Delta
-from tests.importers.test_reductions import IDS, SITES, adapted
+from tests.importers.methods import Delta, Install
+from tests.importers.test_reductions import IDS, SITES
 from tests.importers.test_targets import LIMITS, RECIPES, session_of
 from tests.packages import copy_package
 
 
 @dataclass(frozen=True)
 class Kinds:
-    """A bundle with an adapter of each kind, and what each method adds."""
+    """A bundle with an adapter of each kind, what each method adds, or what else it does to a model."""
 
     bundle: Path
     deltas: dict[str, Delta]
+    installs: dict[str, Install]
     late: Path
+
+    def install(self, kind: str) -> Install:
+        return self.installs[kind] if kind in self.installs else methods.added(self.deltas[kind])
 
 
 def merged(parts: list[Path], out: Path) -> Path:
@@ -79,11 +83,19 @@ def kinds(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     tied = methods.sharelora(SITES, directory / "tied", "AB")
     sharelora.run(base, [directory / "tied"], directory / "sharelora")
     deltas = {"plain": methods.lora(plain, 3 / 2), **full, "piqa": tasks[0], "siqa": tasks[1], "tied": tied}
-    parts = [directory / name for name in ("peft", "lots", "mtl-lora", "sharelora")]
-    return Kinds(merged(parts, directory / "bundle"), deltas, directory / "lots" / "adapters" / "second")
+    installs = {"german": methods.flora(SITES, directory / "german.pt")}
+    flora.run(base, [directory / "german.pt"], directory / "flora")
+    loras, gate, installs["flow"] = methods.lora_flow(SITES, directory, HIDDEN, 0.5)
+    lora_flow.run(base, gate, loras, directory / "lora-flow", "flow", 0.5)
+    installs["mole"] = methods.llava_mole(SITES, directory / "mole.pt", HIDDEN, 6, 3)
+    llava_mole.run(base, directory / "mole.pt", directory / "llava-mole", 6)
+    parts = [directory / name for name in ("peft", "lots", "mtl-lora", "sharelora", "flora", "lora-flow", "llava-mole")]
+    late = directory / "lots" / "adapters" / "second"
+    return Kinds(merged(parts, directory / "bundle"), deltas, installs, late)
 
 
 FACTORED = ("first", "second", "piqa", "siqa", "tied")
+OTHERS = ("german", "flow", "mole")  # FLoRA, LoRA-Flow, LLaVA-MoLE
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +122,13 @@ def logits(session: Session, mix: Mix) -> np.ndarray:
     return session.extend(IDS[0].tolist())[-1]
 
 
-def reference(hf: PreTrainedModel, delta: Delta) -> np.ndarray:
-    with torch.no_grad():
-        return adapted(hf, delta)[0, -1].numpy()
+def reference(hf: PreTrainedModel, *installs: Install) -> np.ndarray:
+    return methods.run_with(hf, IDS, *installs)[0, -1].numpy()
 
 
-@pytest.mark.parametrize("kind", ["plain", *FACTORED])
+@pytest.mark.parametrize("kind", ["plain", *FACTORED, *OTHERS])
 def test_an_adapter_of_each_kind_is_its_method(package: Package, kinds: Kinds, hf: PreTrainedModel, kind: str) -> None:
-    expected, plain = reference(hf, kinds.deltas[kind]), reference(hf, lambda site, x: None)
+    expected, plain = reference(hf, kinds.install(kind)), reference(hf)
     assert np.abs(expected - plain).max() > 0.1
     assert np.abs(logits(session_of(package), {kind: 1.0}) - expected).max() <= LIMITS[package.manifest.target]
 
@@ -130,15 +141,51 @@ def test_kinds_mix(package: Package, kinds: Kinds, hf: PreTrainedModel) -> None:
         return sum((gate * part for gate, part in parts if part is not None), torch.zeros(()))
 
     limit = LIMITS[package.manifest.target]
-    assert np.abs(logits(session_of(package), mix) - reference(hf, delta)).max() <= limit
+    assert np.abs(logits(session_of(package), mix) - reference(hf, methods.added(delta))).max() <= limit
+
+
+def test_what_weighs_its_experts_by_token_mixes_with_rows(package: Package, kinds: Kinds, hf: PreTrainedModel) -> None:
+    """A gate of 1 is the trained adapter; beside it others have theirs."""
+    expected = reference(hf, kinds.install("mole"), methods.added(lambda site, x: half(kinds.deltas["plain"](site, x))))
+    found = logits(session_of(package), {"plain": 0.5, "mole": 1.0})
+    assert np.abs(found - expected).max() <= LIMITS[package.manifest.target]
+
+
+def half(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x / 2
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        ({"german": 0.5}, "german: expected it alone at weight 1, .*, found german=0.5"),
+        ({"german": 1.0, "plain": 1.0}, "german: expected it alone at weight 1, .*, found german=1, plain=1"),
+        ({"flow": 1.0, "mole": 1.0}, "mole: expected one adapter that weighs its experts by token, found flow and "),
+    ],
+)
+def test_what_no_formula_adds_up_is_refused(package: Package, mix: Mix, expected: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^mix: {expected}"):
+        session_of(package).select(mix)
 
 
 def test_back_to_the_first_is_the_first_bit_for_bit(package: Package) -> None:
     session = session_of(package)
-    base, first = logits(session, {}), logits(session, {"first": 1.0})
-    assert not np.array_equal(first, logits(session, {"second": 1.0}))
-    assert np.array_equal(logits(session, {"first": 1.0}), first)
+    base = logits(session, {})
+    made = {kind: logits(session, {kind: 1.0}) for kind in ("first", *OTHERS)}
+    for kind, found in made.items():
+        assert not np.array_equal(found, base)
+        assert np.array_equal(logits(session, {kind: 1.0}), found)
     assert np.array_equal(logits(session, {}), base)
+
+
+def test_a_prefill_in_one_call_and_token_by_token_are_alike(package: Package) -> None:
+    """Every token has gates of its own, whatever it is fed with."""
+    session = session_of(package)
+    for kind in OTHERS:
+        whole = logits(session, {kind: 1.0})
+        session.select({kind: 1.0})
+        single = [session.extend([token])[-1] for token in IDS[0].tolist()]
+        assert np.abs(single[-1] - whole).max() <= LIMITS[package.manifest.target]
 
 
 def test_an_adapter_file_holds_only_what_is_its_own(package: Package) -> None:

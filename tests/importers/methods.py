@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -207,3 +209,123 @@ def lots(sites: Sites, file: Path, *, diagonal: bool, scale: float) -> dict[str,
         return delta
 
     return {adapter: of(adapter) for adapter in ("first", "second")}
+
+
+# ── methods that do more than add to a layer's output ─────────────────────────────────────────────────────────────────
+
+Install = Callable[[torch.nn.Module, ExitStack], None]  # changes a transformers model until the stack is closed
+
+
+def flora(sites: Sites, file: Path) -> Install:
+    """W ∘ (B A) in the place of W, rank 1."""
+    own = some(sites, "q_proj", "v_proj", "down_proj")
+    state: dict[str, Tensor] = {}
+    for site, (rows, columns) in own.items():
+        state |= {f"{site}.flora_A": 1 + normal(1, rows), f"{site}.flora_B": 1 + normal(columns, 1)}
+    torch.save(state, file)
+
+    def install(model: torch.nn.Module, stack: ExitStack) -> None:
+        for site in own:
+            module = model.get_submodule(site)
+            whole = module.weight.data
+            delta = (state[f"{site}.flora_B"] @ state[f"{site}.flora_A"]).T  # [out, in]
+            module.weight.data = whole * delta
+            stack.callback(setattr, module.weight, "data", whole)
+
+    return install
+
+
+def added(delta: Callable[[str, Tensor], Tensor | None]) -> Install:
+    """A delta on every layer's output, as hooks."""
+
+    def install(model: torch.nn.Module, stack: ExitStack) -> None:
+        def hook(site: str):
+            def add(module: object, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                more = delta(site, inputs[0])
+                return output if more is None else output + more
+
+            return add
+
+        for site, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                stack.enter_context(module.register_forward_hook(hook(site)))
+
+    return install
+
+
+def _weighed(scope: str, gate: Callable[[str, Tensor], Tensor], parts: dict[str, list[Delta]]) -> Install:
+    """scope: the ending of modules whose input `gate` turns into weights [..., E] for `parts[site]`, one delta each."""
+
+    def install(model: torch.nn.Module, stack: ExitStack) -> None:
+        weights: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if re.fullmatch(rf"model\.layers\.\d+{scope}", name):
+
+                def read(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
+                    weights[name] = gate(name, args[0] if args else kwargs["hidden_states"])
+
+                stack.enter_context(module.register_forward_pre_hook(read, with_kwargs=True))
+
+        def delta(site: str, x: Tensor) -> Tensor | None:
+            if site not in parts:
+                return None
+            (w,) = (found for name, found in weights.items() if site.startswith(f"{name}."))
+            outputs = [part(site, x) for part in parts[site]]
+            return sum(w[..., k, None] * out for k, out in enumerate(outputs) if out is not None)  # type: ignore[return-value]
+
+        added(delta)(model, stack)
+
+    return install
+
+
+def lora_flow(sites: Sites, directory: Path, hidden: int, temperature: float) -> tuple[list[Path], Path, Install]:
+    """w = softmax(W x / T) + b per layer; y += Σ_k w_k s_k B_k A_k x. LoRAs of several ranks, on layers of their own.
+    """
+    settings = [("zh", 2, 6.0, ("q_proj", "v_proj")), ("math", 4, 4.0, ("q_proj", "v_proj", "up_proj", "down_proj"))]
+    paths, deltas = [], []
+    for name, r, alpha, endings in settings:
+        pairs = draw_pairs(some(sites, *endings), r)
+        paths.append(save_peft(directory / name, pairs, r, alpha))
+        deltas.append(lora(pairs, alpha / r))
+    layers = sorted({int(site.split(".")[2]) for site in sites})
+    state = {}
+    for layer in layers:
+        state[f"encoder.layers.{layer}.lora_fusion_gate.weight"] = torch.randn(2, hidden)
+        state[f"encoder.layers.{layer}.weight_bias"] = torch.randn(2) * 0.3
+    torch.save(state, directory / "gate.pt")
+
+    def gate(name: str, x: Tensor) -> Tensor:
+        key = f"encoder.layers.{name.rsplit('.', 1)[-1]}"
+        scores = x @ state[f"{key}.lora_fusion_gate.weight"].T / temperature
+        return scores.softmax(-1) + state[f"{key}.weight_bias"]
+
+    return paths, directory / "gate.pt", _weighed("", gate, {site: deltas for site in sites})
+
+
+def llava_mole(sites: Sites, file: Path, hidden: int, alpha: float, count: int) -> Install:
+    """routing = softmax(router(x)), x the MLP's input; its projections add Σ_e routing_e · B_e A_e x · alpha / r."""
+    r = 3
+    state: dict[str, Tensor] = {}
+    parts: dict[str, list[Delta]] = {}
+    for site, (rows, columns) in some(sites, "gate_proj", "up_proj", "down_proj").items():
+        scope, _, leaf = site.rpartition(".")
+        state[f"{scope}.router.weight"], state[f"{scope}.router.bias"] = torch.randn(count, hidden), torch.randn(count)
+        parts[site] = []
+        for e in range(count):
+            key = f"{scope}.moe_{leaf.removesuffix('_proj')}.{e}.lora_"
+            state |= {f"{key}A": normal(r, columns), f"{key}B": normal(rows, r)}
+            parts[site].append(lora({site: (state[f"{key}A"], state[f"{key}B"])}, alpha / r))
+    torch.save(state, file)
+
+    def gate(name: str, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, state[f"{name}.router.weight"], state[f"{name}.router.bias"]).softmax(-1)
+
+    return _weighed(r"\.mlp", gate, parts)
+
+
+def run_with(model: torch.nn.Module, ids: Tensor, *installs: Install) -> Tensor:
+    """Logits of a transformers model with methods installed."""
+    with ExitStack() as stack, torch.no_grad():
+        for install in installs:
+            install(model, stack)
+        return model(ids).logits

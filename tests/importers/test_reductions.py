@@ -17,6 +17,9 @@ from calora_export.adapters import load_adapter, load_adapter_dir
 from calora_export.importers import (
     ca_lora,
     chain_of_lora,
+    flora,
+    llava_mole,
+    lora_flow,
     lots,
     mtl_lora,
     multilora,
@@ -24,9 +27,9 @@ from calora_export.importers import (
     sharelora,
 )
 from calora_export.model import Rows, SlotModel, compose
-from tests.bundles import LAYERS, LINEARS, tiny_base
+from tests.bundles import HIDDEN, LAYERS, LINEARS, tiny_base
 from tests.importers import methods
-from tests.importers.methods import Delta
+from tests.importers.methods import Delta, Install
 
 SITES = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in LINEARS.items()}
 IDS = torch.tensor([list(b"What is a low rank?")])
@@ -58,6 +61,24 @@ def judge(base: Path) -> Judge:
         rows = Rows.of(load_adapter(loaded, identifier))
         with torch.no_grad():
             plain, expected, found = hf(IDS).logits, adapted(hf, delta), logits(model, rows)
+        assert float((expected - plain).abs().max()) > 0.1, "an adapter without effect would pass with anything"
+        assert float((found - expected).abs().max()) <= LIMIT
+
+    return judge
+
+
+@pytest.fixture(scope="module")
+def judge_method(base: Path) -> Callable[[Path, str, Install], None]:
+    """As `judge`, for a method that does more than add to layers."""
+    hf = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    def judge(bundle: Path, identifier: str, install: Install) -> None:
+        loaded = bundles.load(bundle, deep=True)
+        model = compose(loaded, loaded.weight, context=64)
+        rows = Rows.of(load_adapter(loaded, identifier))
+        plain, expected = methods.run_with(hf, IDS), methods.run_with(hf, IDS, install)
+        with torch.no_grad():
+            found = logits(model, rows)
         assert float((expected - plain).abs().max()) > 0.1, "an adapter without effect would pass with anything"
         assert float((found - expected).abs().max()) <= LIMIT
 
@@ -165,3 +186,35 @@ def test_lots(base: Path, tmp_path: Path, judge: Judge, diagonal: bool) -> None:
     assert made.adapters == tuple(deltas)
     for identifier, delta in deltas.items():
         judge(tmp_path / "out", identifier, delta)
+
+
+JudgeMethod = Callable[[Path, str, Install], None]
+
+
+def test_flora_of_rank_1(base: Path, tmp_path: Path, judge_method: JudgeMethod) -> None:
+    install = methods.flora(SITES, tmp_path / "german.pt")
+    made = flora.run(base, [tmp_path / "german.pt"], tmp_path / "out")
+    assert made.adapters == ("german",)
+    judge_method(tmp_path / "out", "german", install)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_lora_flow(base: Path, tmp_path: Path, judge_method: JudgeMethod, temperature: float) -> None:
+    loras, gate, install = methods.lora_flow(SITES, tmp_path, HIDDEN, temperature)
+    lora_flow.run(base, gate, loras, tmp_path / "out", "zh-math", temperature)
+    judge_method(tmp_path / "out", "zh-math", install)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_llava_mole(base: Path, tmp_path: Path, judge_method: JudgeMethod, attention: bool) -> None:
+    install = methods.llava_mole(SITES, tmp_path / "mole.pt", HIDDEN, 6, 3)
+    pairs = methods.draw_pairs(methods.some(SITES, "q_proj", "o_proj"), 2)
+    lora = methods.save_peft(tmp_path / "attention", pairs, 2, 3) if attention else None
+    llava_mole.run(base, tmp_path / "mole.pt", tmp_path / "out", 6, lora)
+
+    def both(model: torch.nn.Module, stack: ExitStack) -> None:
+        install(model, stack)
+        if attention:
+            methods.added(methods.lora(pairs, 3 / 2))(model, stack)
+
+    judge_method(tmp_path / "out", "mole", both)

@@ -75,13 +75,14 @@ Tensor& slot_out(
   for (const Tensor* tensor : {&x, &y, &gate, &recovery, static_cast<const Tensor*>(&out)})
     ET_KERNEL_CHECK(context, tensor->scalar_type() == ScalarType::Float, InvalidArgument, out);
   ET_KERNEL_CHECK(context, same_positions(x, y), InvalidArgument, out);
-  ET_KERNEL_CHECK(context, gate.numel() == recovery.numel(), InvalidArgument, out);
   ET_KERNEL_CHECK(
       context, executorch::runtime::resize_tensor(out, y.sizes()) == executorch::runtime::Error::Ok, InvalidArgument,
       out);
 
-  const int64_t inputs = x.size(x.dim() - 1), width = y.size(y.dim() - 1), rank = gate.numel();
+  const int64_t inputs = x.size(x.dim() - 1), width = y.size(y.dim() - 1), rank = recovery.numel();
   const int64_t count = int64_t(outs.size()), positions = width > 0 ? y.numel() / width : 0;
+  const bool shared = gate.numel() == rank; // else each position has its own
+  ET_KERNEL_CHECK(context, shared || gate.numel() == positions * rank, InvalidArgument, out);
   const Columns columns{begin, outs, width};
   ET_KERNEL_CHECK(context, columns.fit() && offset >= 0, InvalidArgument, out);
   const int64_t needed = rank * (offset + inputs * count + columns.outputs());
@@ -98,7 +99,7 @@ Tensor& slot_out(
   columns.copy_rest(from, to, positions);
   const Group group{
       x.const_data_ptr<float>(), down, gate.const_data_ptr<float>(), recovery.const_data_ptr<float>(),
-      inputs, rank, members.data(), count, half};
+      inputs, rank, members.data(), count, half, shared ? 0 : rank};
   add_slots(group, positions, {nullptr, run});
   return out;
 }
