@@ -99,7 +99,7 @@ class _Flat(nn.Module):
         ups: list[Tensor],
         gate: Tensor,
         recovery: Tensor,
-        extras: list[Tensor],
+        extras: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         given = dict(zip(self.extras.roles(), extras, strict=True))
         rows = Rows(
@@ -135,8 +135,9 @@ def trace(
     )
     more = _examples(slots, extras, rank)
     flat = _Flat(model, tuple(slot.site for slot in slots), last_only, extras).eval()
-    example = (ids, past, downs, ups, torch.zeros(rank), torch.zeros(rank, dtype=torch.bool), more)
-    shapes = (*shapes, [None] * len(more))
+    example = (ids, past, downs, ups, torch.zeros(rank), torch.zeros(rank, dtype=torch.bool))
+    if more:
+        example, shapes = (*example, more), (*shapes, [None] * len(more))
     with torch.no_grad():
         program = torch.export.export(flat, example, dynamic_shapes=shapes, strict=False)
     tensors = {**program.state_dict, **program.constants}

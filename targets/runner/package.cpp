@@ -24,6 +24,12 @@ void require_value(const std::string& key, const std::string& expected, const st
   if (expected != found) throw refusal(file_name, key, expected, found);
 }
 
+void require_rows_alone(const Fields& slots) {
+  for (const char* const key : {"scaled", "routed"})
+    if (slots.has(key))
+      throw refusal(file_name, std::string("slots.") + key, "adapters of rows alone", key, "--device host runs it");
+}
+
 Package Package::load(const std::filesystem::path& path, const std::string& target) {
   if (!std::filesystem::is_regular_file(path / file_name))
     throw refusal(path.string(), "package", std::string("a directory with ") + file_name, "none");

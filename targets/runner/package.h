@@ -29,6 +29,9 @@ struct Package {
   void require_fingerprint(const std::string& file, const std::string& found) const;
 };
 
+/// Refuses inputs of the graph that runners do not fill: scales of layers, gates of every token.
+void require_rows_alone(const Fields& slots);
+
 /// Refuses a value of package.json that this runner does not know.
 void require_value(const std::string& key, const std::string& expected, const std::string& found);
 

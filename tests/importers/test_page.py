@@ -47,6 +47,6 @@ def exact_claims(row: list[str]) -> bool:
 
 def test_every_importer_is_in_the_page_and_no_other() -> None:
     shown = set(re.findall(r"import ([a-z][a-z-]+)", PAGE.split("## What the files")[0]))
-    refused = {"flora", "llava-mole", "llm-pruner", "lora-flow", "ramole"}
+    refused = {"llm-pruner", "ramole"}
     assert shown == set(importers.names()) - refused
     assert refused < set(importers.names())

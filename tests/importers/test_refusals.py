@@ -52,22 +52,46 @@ def peft_dir(directory: Path, **config: object) -> Path:
 
 
 def test_lora_flow(base: Path, tmp_path: Path) -> None:
-    gate = save(tmp_path / "gate.pt", {"encoder.layers.0.lora_fusion_gate.weight": torch.zeros(2, HIDDEN)})
     loras = [peft_dir(tmp_path / name) for name in ("zh", "math")]
-    line = refused(tmp_path / "out", "lora-flow", base, gate, *loras)
-    assert "a gate per token and layer" in line
-    assert "import peft takes the LoRAs, and run --adapter zh=0.5,math=0.5" in line
-    other = save(tmp_path / "other.pt", {"weight": torch.zeros(2)})
-    line = refused(tmp_path / "out", "lora-flow", base, other, *loras)
-    assert "expected encoder.layers.<i>.lora_fusion_gate.weight, found none" in line
+
+    def line(state: dict[str, torch.Tensor]) -> str:
+        gate = save(tmp_path / "gate.pt", state)
+        return refused(tmp_path / "out", "lora-flow", base, gate, *loras, "--id", "both")
+
+    gates = {f"encoder.layers.{i}.lora_fusion_gate.weight": torch.zeros(2, HIDDEN) for i in range(LAYERS)}
+    gates |= {f"encoder.layers.{i}.weight_bias": torch.zeros(2) for i in range(LAYERS)}
+    first = "encoder.layers.0.lora_fusion_gate.weight"
+    assert "weight: expected encoder.layers.<i>.lora_fusion_gate.weight or weight_bias, found" in line(
+        {"weight": torch.zeros(2)}
+    )
+    assert f"{first}: expected [2, 64], found [3, 64]" in line(gates | {first: torch.zeros(3, HIDDEN)})
+    assert "expected gates of 2 layers, found of 1" in line({k: v for k, v in gates.items() if ".1." not in k})
+    assert f"{first}: expected a tensor, found nothing" in line({k: v for k, v in gates.items() if k != first})
+    assert "token_router: expected 64 features, found [32]" in line(
+        {k: v[..., :32] if v.dim() > 1 else v for k, v in gates.items()}
+    )
 
 
 def test_llava_mole(base: Path, tmp_path: Path) -> None:
-    state = {"llm.layers.0.mlp.moe_gate.0.lora_A": torch.zeros(4, HIDDEN)}
-    line = refused(tmp_path / "out", "llava-mole", base, save(tmp_path / "mole.pt", state))
-    assert "a router per token" in line and "one LoRA per task" in line
-    line = refused(tmp_path / "out", "llava-mole", base, save(tmp_path / "mole.pt", {"x": torch.zeros(1)}))
-    assert "found none" in line
+    scope = "model.layers.0.mlp"
+    state = {f"{scope}.router.weight": torch.zeros(2, HIDDEN), f"{scope}.router.bias": torch.zeros(2)}
+    for e in range(2):
+        state |= {f"{scope}.moe_up.{e}.lora_A": torch.ones(4, HIDDEN), f"{scope}.moe_up.{e}.lora_B": torch.ones(MLP, 4)}
+
+    def line(state: dict[str, torch.Tensor]) -> str:
+        file = save(tmp_path / "mole.pt", state)
+        return refused(tmp_path / "out", "llava-mole", base, file, "--alpha", 8)
+
+    vision = {"vision_tower.weight": torch.zeros(1)}
+    assert "vision_tower.weight: expected <layer>.mlp.moe_gate" in line(state | vision)
+    assert f"{scope}.router.bias: expected a tensor, found nothing" in line(
+        {k: v for k, v in state.items() if not k.endswith("bias")}
+    )
+    assert f"{scope}.router.weight: expected [2, 64], found [3, 64]" in line(
+        state | {f"{scope}.router.weight": torch.zeros(3, HIDDEN)}
+    )
+    missing = f"{scope}.moe_up.0.lora_B"
+    assert f"{missing}: expected a tensor, found nothing" in line({k: v for k, v in state.items() if k != missing})
 
 
 def test_ramole(base: Path, tmp_path: Path) -> None:
@@ -75,10 +99,11 @@ def test_ramole(base: Path, tmp_path: Path) -> None:
     assert "attention per layer" in line and "import lora-retriever takes the same LoRAs" in line
 
 
-@pytest.mark.parametrize(("rank", "why"), [(1, "a scale per input and output"), (4, "4 passes through it")])
-def test_flora(base: Path, tmp_path: Path, rank: int, why: str) -> None:
-    line = refused(tmp_path / "out", "flora", base, tmp_path, "--rank", rank)
-    assert why in line and "train LoRA" in line
+def test_flora_of_a_higher_rank(base: Path, tmp_path: Path) -> None:
+    site = "model.layers.0.self_attn.q_proj"
+    state = {f"{site}.flora_A": torch.ones(4, HIDDEN), f"{site}.flora_B": torch.ones(HIDDEN, 4)}
+    line = refused(tmp_path / "out", "flora", base, save(tmp_path / "german.pt", state))
+    assert f"{site}.flora_A: expected rank 1, found rank 4 (a higher rank is that many passes through the base" in line
 
 
 def test_llm_pruner(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ Layout Layout::of(const Package& package) {
   Layout layout;
   require_value("model.logits", "last", package.manifest.object("model").text("logits"));
   const Fields settings = package.manifest.object("settings"), slots = package.manifest.object("slots");
+  require_rows_alone(slots);
   layout.rank_budget = settings.integer("rank_budget");
   layout.portable = settings.text("kernels") == "stock";
   if (!layout.portable) require_value("settings.kernels", "calora", settings.text("kernels"));

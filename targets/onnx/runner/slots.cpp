@@ -11,6 +11,7 @@ std::vector<int64_t> SlotInput::shape(int64_t rank) const {
 
 Slots Slots::of(const Package& package) {
   const Fields settings = package.manifest.object("settings"), slots = package.manifest.object("slots");
+  require_rows_alone(slots);
   Slots made;
   made.fingerprint = slots.text("fingerprint");
   made.required = settings.text("adapter_inputs") == "required";
