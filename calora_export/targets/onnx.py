@@ -99,8 +99,10 @@ def _quiet_exporter() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for. gates:
-    of each token, where they are not folded into up."""
+    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for.
+
+    gates: of each token, where they are not folded into up.
+    """
 
     down: ir.Value
     ups: Mapping[int, ir.Value]

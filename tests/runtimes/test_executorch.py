@@ -247,7 +247,7 @@ def test_kernels_that_were_built_again_are_not_loaded_over_the_old(
     opened: Package, session: ExecutorchSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever edits slot.cpp while a process runs: a second registration would end it."""
-    again = tmp_path / native.LIBRARY
+    again = tmp_path / native.kernels("executorch").name
     again.write_bytes(native.kernels("executorch").read_bytes())
     monkeypatch.setattr(native, "kernels", lambda: again)
     assert np.array_equal(fresh(runtime.open_session(opened, 1), {"alpha": 1.0}), fresh(session, {"alpha": 1.0}))

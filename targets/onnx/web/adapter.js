@@ -5,6 +5,8 @@ import { refusal } from "./errors.js";
 /** The inputs of the graph whose size grows with the rank R: down [parts · R, width], up [R, width], recovery [R]. */
 export function slotInputs(manifest) {
   const { slots } = manifest, inputs = new Map();
+  for (const key of ["scaled", "routed"]) // scales of layers, gates of every token
+    if (slots[key]) throw refusal("package.json", `slots.${key}`, "adapters of rows alone", key);
   for (const { down, up, parts, inputs: width, outputs } of slots.tensors) {
     inputs.set(down, { kind: "down", name: down, type: slots.dtype, parts, width });
     inputs.set(up, { kind: "up", name: up, type: slots.dtype, parts: 1, width: outputs });
