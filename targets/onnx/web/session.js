@@ -11,6 +11,7 @@ import { firstLine, refusal } from "./errors.js";
 import { download, Package } from "./package.js";
 
 const TYPES = { fp32: "float32", fp16: "float16" };
+const SUFFIX = ".onnx_adapter"; // no .factors: nothing here multiplies what adapters share
 
 export class Session {
   /** url: the package's directory; ort: onnxruntime-web; provider: "wasm" or "webgpu", for the model. */
@@ -95,6 +96,7 @@ export class Session {
   async #adapter(id) {
     if (!this.#adapters.has(id)) {
       const file = this.package.adapterFile(id), name = file.split("/").pop();
+      if (!name.endsWith(SUFFIX)) throw refusal(name, "file", `*${SUFFIX}`, "another", "export it as plain LoRA");
       this.#adapters.set(id, parseAdapter(await this.package.read(file), name, this.package, this.#inputs));
     }
     return this.#adapters.get(id);
