@@ -71,7 +71,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     empty: any up to chunk. kernels: whose operators a program calls: `stock`, those of the plain runtime; `calora`,
     also ours for the slots, which an app links or loads, and in ExecuTorch its LLM framework's for attention.
     joint_basis: compress plain LoRAs into a basis of that many columns per site, which the package holds once
-    (`joint_basis`).
+    (`joint_basis`). zeros: `sparse` stores what is not 0 and a mask, of weights that this makes smaller.
     """
 
     target: str
@@ -88,6 +88,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lengths: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     kernels: Literal["stock", "calora"] = "stock"
     joint_basis: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
+    zeros: Literal["dense", "sparse"] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.zeros == "sparse" and self.target != "coreml":
+            raise ValueError(f"expected dense for {self.target}, only coreml has a sparse form - at `$.zeros`")
 
     def rule(self, module: str) -> Rule:
         """The first rule that matches, or an error that names the module."""

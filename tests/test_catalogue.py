@@ -108,6 +108,27 @@ def test_exact_means_the_same_numbers(name: str, scheme: str) -> None:
     assert made.exact == (cell.outcome == "exact") == same
 
 
+@pytest.mark.parametrize("name", sorted(recipe.catalogue()))
+@pytest.mark.parametrize("scheme", formats.samples())
+def test_whatever_a_target_makes_of_a_weight_its_zeros_stay_zeros(name: str, scheme: str) -> None:
+    """Two of four are pruned, in the scheme's own terms: 0, the zero point, or what means 0 in its codebook."""
+    stored, off = formats.samples()[scheme], np.arange(formats.COLUMNS) % 4 < 2
+    if isinstance(stored, DenseWeight):
+        pruned = replace(stored, values=np.where(off, np.float32(0), stored.values))
+    else:
+        zero = np.zeros_like(stored.scale, dtype=np.int8) if stored.zero is None else stored.zero
+        if stored.codebook is not None:
+            zero = np.full_like(zero, np.flatnonzero(stored.codebook == 0)[0])
+        pruned = replace(stored, q=np.where(off, zero.repeat(stored.group_size, axis=1), stored.q))
+    was = by_hand(pruned) == 0
+    assert was.mean() >= 0.5
+    try:
+        made = recipe.represent(recipe.load(name), formats.SITE, pruned)
+    except UnsupportedError:
+        return
+    assert (by_hand(made.weight)[was] == 0).all()
+
+
 def by_hand(weight: DenseWeight | PackedWeight) -> np.ndarray:
     if isinstance(weight, DenseWeight):
         return weight.values.astype(np.float32)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from calora_export import mlpackage
@@ -36,11 +37,12 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
     """Write model.mlpackage; return where adapter files hold each slot."""
     slots = _nodes.slot_tensors(graph)
     inputs, states = _inputs(graph, slots, recipe), _states(graph)
-    lowerings = {"main": _Lowering(graph, slots, None)}
+    sparse = recipe.zeros == "sparse"
+    lowerings = {"main": _Lowering(graph, slots, None, sparse)}
     if recipe.adapter_inputs == "functions":
         rows = {mlpackage.BASE: Rows.none(), **graph.adapters}
         names = mlpackage.function_names(graph.adapters)
-        lowerings = {names[adapter]: _Lowering(graph, slots, baked) for adapter, baked in rows.items()}
+        lowerings = {names[adapter]: _Lowering(graph, slots, baked, sparse) for adapter, baked in rows.items()}
     program = _coreml_program.build(inputs, states, {name: lowering.run for name, lowering in lowerings.items()})
     _coreml_program.save(program, directory / MODEL, _description(recipe, origin), inputs, states)
     scaled, routed = _nodes.extras(graph)
@@ -120,10 +122,12 @@ def _description(recipe: Recipe, origin: Origin) -> Description:
 
 
 class _Lowering:
-    """One walk over the traced graph. baked: the adapter that becomes part of it, None where adapters are inputs."""
+    """One walk over the traced graph. baked: the adapter that becomes part of it, None where adapters are inputs.
+    sparse: weights without their zeros."""
 
-    def __init__(self, graph: Graph, slots: Sequence[SlotTensor], baked: Rows | None) -> None:
+    def __init__(self, graph: Graph, slots: Sequence[SlotTensor], baked: Rows | None, sparse: bool) -> None:
         self.graph, self.slots, self.baked = graph, {slot.site: slot for slot in slots}, baked
+        self.sparse = sparse
         self.offsets = _offsets(slots)
         self.extras = graph.extras.sizes(graph.slots)
         self.roles = graph.roles()
@@ -209,7 +213,7 @@ class _Lowering:
         self.values[node, 0] = mb.gather(x=mb.cast(x=chosen, dtype="fp16"), indices=owners, axis=-1)
 
     def _weight(self, weight: Weight) -> Var:
-        return self._once(weight.name, lambda: weight_of(weight))
+        return self._once(weight.name, lambda: weight_of(weight, sparse=self.sparse))
 
     def _deltas(self, x: Var, members: Sequence[tuple[int, str]], gates: object) -> dict[int, Var]:
         """Member → what its slot adds: one `down` and one non-linearity for the group, one `up` each."""
@@ -423,9 +427,13 @@ def _constant(name: str, values: np.ndarray) -> Var:
     return mb.const(val=values.astype(HALF), name=_label(name))
 
 
-def weight_of(held: Weight) -> Var:
+def weight_of(held: Weight, *, sparse: bool = False) -> Var:
     """[out, in], as the bundle has it: its integers, zero points and scales; its codebook's positions, and a scale for
-    what they mean; or fp16."""
+    what they mean; or fp16. sparse: without its zeros, where a bit for each number and the others take less."""
+    if sparse:
+        mask, bits = _nonzero(held), held.bits or 16
+        if mask.sum() * bits + mask.size < mask.size * bits:
+            return _without_zeros(held, mask)
     if not held.bits:
         return _constant(held.name, held.values.numpy())
     label, scale = _label(held.name), held.scale.numpy().astype(HALF)
@@ -437,6 +445,43 @@ def weight_of(held: Weight) -> Var:
     dtype = types.np_int4_dtype if held.bits == 4 else np.dtype(np.int8)
     data, offset = (None if part is None else part.numpy().view(dtype) for part in (held.values, held.zero))
     return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset, name=f"{label}_q")
+
+
+def _nonzero(held: Weight) -> np.ndarray:
+    """bool [out, in]: which numbers are not 0."""
+    values = held.values.numpy()
+    if not held.bits:
+        return values.astype(HALF) != 0
+    if held.codebook is not None:
+        return held.codebook.numpy()[values] != 0
+    if held.zero is None:
+        return values != 0
+    return (values.reshape(*held.scale.shape, -1) != held.zero.numpy()[..., None]).reshape(values.shape)
+
+
+def _without_zeros(held: Weight, mask: np.ndarray) -> Var:
+    """`weight_of`, of the numbers that are not 0 and where they are."""
+    label, kept, places = _label(held.name), held.values.numpy()[mask], mask.astype(types.np_uint1_dtype)
+    if not held.bits:
+        return mb.constexpr_sparse_to_dense(nonzero_data=kept.astype(HALF), mask=places, name=f"{label}_sparse")
+    scale, offset = held.scale.numpy().astype(HALF), None
+    if held.codebook is not None:
+        codebook = held.codebook.numpy().astype(HALF).reshape(1, 1, -1, 1)
+        positions = kept.view(types.np_uint4_dtype)
+        places, data = mb.constexpr_lut_to_sparse(
+            indices_mask=places, indices_nonzero_data=positions, lut=codebook, name=f"{label}_positions"
+        )
+    else:
+        dtype = types.np_int4_dtype if held.bits == 4 else np.dtype(np.int8)
+        data, offset = (None if part is None else part.view(dtype) for part in (kept, _array(held.zero)))
+    places, values = mb.constexpr_sparse_blockwise_shift_scale(
+        data_mask=places, nonzero_data=data, scale=scale, offset=offset, name=f"{label}_q"
+    )
+    return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=places, name=f"{label}_sparse")
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.numpy()
 
 
 def _label(name: str) -> str:
