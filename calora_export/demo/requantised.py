@@ -1,4 +1,4 @@
-"""What quantising the demo's base once more costs: `python -m calora_export.demo.table requantised` prints it.
+"""What quantising the demo's base once more costs, as `python -m calora_export.demo.table requantised` prints it.
 
 The adapters' recovery branches were trained against one error of the compressed base. The table has the tasks' exact
 match with that base as it is, as recipes hold it, and as exporters make it that dequantise and quantise again.
@@ -7,6 +7,7 @@ match with that base as it is, as recipes hold it, and as exporters make it that
 # ruff: noqa: TID253  # imported by the command that prints it, and by nothing else
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,9 +23,9 @@ from calora_export.bundle import Bundle
 from calora_export.compression import DenseWeight, PackedWeight, quantize_symmetric, sqnr
 from calora_export.demo.adapting import adapt, adapted_sites
 from calora_export.demo.plan import Plan
-from calora_export.demo.tasks import Example
+from calora_export.demo.tasks import TASKS, Example, held_out_examples
 from calora_export.demo.tokenizing import encode
-from calora_export.demo.training import exact_match, task_loss
+from calora_export.demo.training import answered, task_loss
 from calora_export.weights import Weights
 
 WeightOf = Callable[[str], DenseWeight | PackedWeight]
@@ -32,14 +33,19 @@ WeightOf = Callable[[str], DenseWeight | PackedWeight]
 
 @dataclass(frozen=True)
 class Row:
-    """A base: how far its linear layers are from the trained one (dB, the mean), by task the exact match in percent and
-    the loss on the answers in nats per token.
+    """A base: how far its linear layers are from the trained one (dB, the mean), by task which prompts are answered
+    exactly, and the loss on the answers in nats per token.
     """
 
     name: str
     kept: float
-    scores: dict[str, float]
+    right: dict[str, list[bool]]
     losses: dict[str, float]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Exact match in percent."""
+        return {task: 100 * sum(right) / len(right) for task, right in self.right.items()}
 
 
 def variants(bundle: Bundle) -> dict[str, WeightOf]:
@@ -61,13 +67,15 @@ def variants(bundle: Bundle) -> dict[str, WeightOf]:
 
 
 @torch.no_grad()
-def measure(bundle: Bundle, name: str, weight_of: WeightOf) -> Row:
-    """Every adapter on its own task's held-out prompts."""
+def measure(bundle: Bundle, name: str, weight_of: WeightOf, prompts: int = 0) -> Row:
+    """Every adapter on its own task's held-out prompts: the bundle's, or as many others as `prompts` says, drawn as
+    those were with another seed.
+    """
     linears = [module for module in bundle.adaptable if bundle.weights.formats[module].bits]
     model = _model(bundle, weight_of)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(bundle.path / "base")
     kept = [min(sqnr(bundle.weight(module).dequantize(), weight_of(module).dequantize()), 999) for module in linears]
-    scores: dict[str, float] = {}
+    right: dict[str, list[bool]] = {}
     losses: dict[str, float] = {}
     for task in bundle.manifest.tasks:
         adapted = adapt(model, Plan(), recovery=True)
@@ -77,24 +85,36 @@ def measure(bundle: Bundle, name: str, weight_of: WeightOf) -> Row:
                 parameter.copy_(stored[f"base_model.model.{site}.{branch}.weight"].float())
         lines = (bundle.path / task.eval).read_text().splitlines()
         examples = [Example(**_line(line)) for line in lines]
-        scores[task.id] = exact_match(adapted, tokenizer, examples)
+        if prompts:
+            drawn = next(known for known in TASKS if known.id == task.id)
+            examples = held_out_examples(drawn, prompts, Plan().seed + 1)
+        right[task.id] = answered(adapted, tokenizer, examples)
         ids, labels = encode(tokenizer, examples)
         losses[task.id] = float(task_loss(adapted(input_ids=ids).logits, labels))
-    return Row(name, float(np.mean(kept)), scores, losses)
+    return Row(name, float(np.mean(kept)), right, losses)
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; the mean of all tasks, what it costs against the first row in points, and the loss."""
+    """Markdown; the mean of all tasks, what it costs against the first row in points, how many answers were lost and
+    won against that row with the sign test's p, and the loss."""
     tasks = list(rows[0].scores)
     means = [float(np.mean(list(row.scores.values()))) for row in rows]
-    cells = [["base", "kept of the linear layers", *tasks, "mean", "points", "loss"]]
-    cells.append(["---", *["---:"] * (len(tasks) + 4)])
+    cells = [["base", "kept of the linear layers", *tasks, "mean", "points", "lost, won", "loss"]]
+    cells.append(["---", *["---:"] * (len(tasks) + 5)])
     for row, mean in zip(rows, means, strict=True):
         kept = "all" if row.kept > 200 else f"{row.kept:.1f} dB"
         scores = [f"{row.scores[task]:.1f}" for task in tasks]
         loss = float(np.mean(list(row.losses.values())))
-        cells.append([row.name, kept, *scores, f"**{mean:.2f}**", f"{mean - means[0]:+.2f}", f"{loss:.4f}"])
+        cells.append([row.name, kept, *scores, f"**{mean:.2f}**", f"{mean - means[0]:+.2f}"])
+        cells[-1] += [_changed(rows[0], row), f"{loss:.4f}"]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _changed(before: Row, after: Row) -> str:
+    pairs = [pair for task in before.right for pair in zip(before.right[task], after.right[task], strict=True)]
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    tail = sum(math.comb(lost + won, count) for count in range(min(lost, won) + 1)) / 2 ** (lost + won)
+    return f"{lost}, {won} (p {min(1.0, 2 * tail):.2g})" if lost + won else "none"
 
 
 def _line(line: str) -> dict[str, str]:
@@ -141,7 +161,7 @@ def _asymmetric(bundle: Bundle, module: str, group: int) -> DenseWeight | Packed
     return PackedWeight(q.astype(np.int8).reshape(rows, columns), scale, 4, group, zero.astype(np.int8))
 
 
-def measured() -> str:
-    """The table of every variant of the committed bundle; a minute of one core."""
+def measured(prompts: int = 0) -> str:
+    """The table of every variant of the committed bundle; a minute of one core, or as much longer as it has prompts."""
     bundle = bundles.load(demo.BUNDLE)
-    return table([measure(bundle, name, weight_of) for name, weight_of in variants(bundle).items()])
+    return table([measure(bundle, name, weight_of, prompts) for name, weight_of in variants(bundle).items()])

@@ -30,7 +30,12 @@ def percentage(right: list[bool]) -> float:
 
 @torch.no_grad()
 def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> float:
-    """Percentage of examples whose whole completion, end token included, is what greedy decoding would write.
+    """Percentage of examples that are `answered`."""
+    return percentage(answered(model, tokenizer, examples))
+
+
+def answered(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[bool]:
+    """Of which examples the whole completion, end token included, is what greedy decoding would write.
 
     Feeding the true completion and comparing every argmax is the same test: until its first wrong
     token, greedy decoding has written just that.
@@ -38,8 +43,7 @@ def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: 
     model.eval()
     ids, labels = encode(tokenizer, examples)
     guesses, wanted = model(input_ids=ids).logits.argmax(-1)[:, :-1], labels[:, 1:]
-    right = ((guesses == wanted) | (wanted == IGNORED)).all(1)
-    return percentage(right.tolist())
+    return ((guesses == wanted) | (wanted == IGNORED)).all(1).tolist()
 
 
 def optimise(

@@ -33,11 +33,13 @@ def test_zeros_stay_zero_with_zero_points_too(committed: Bundle) -> None:
 
 
 def test_the_table_counts_points_against_the_first_row() -> None:
-    rows = [Row("as trained", 999.0, {"a": 100.0, "b": 99.0}, {"a": 0.1, "b": 0.3}),
-            Row("again", 20.5, {"a": 90.0, "b": 99.0}, {"a": 0.2, "b": 0.4})]  # fmt: skip
+    a, b = [True] * 10, [True] * 8 + [False] * 2
+    rows = [Row("as trained", 999.0, {"a": a, "b": b}, {"a": 0.1, "b": 0.3}),
+            Row("again", 20.5, {"a": [False] * 6 + [True] * 4, "b": b[::-1]}, {"a": 0.2, "b": 0.4})]  # fmt: skip
     lines = requantised.table(rows).splitlines()
-    assert lines[2] == "| as trained | all | 100.0 | 99.0 | **99.50** | +0.00 | 0.2000 |"
-    assert lines[3] == "| again | 20.5 dB | 90.0 | 99.0 | **94.50** | -5.00 | 0.3000 |"
+    assert lines[2] == "| as trained | all | 100.0 | 80.0 | **90.00** | +0.00 | none | 0.2000 |"
+    again = "| again | 20.5 dB | 40.0 | 80.0 | **60.00** | -30.00 | 8, 2 (p 0.11) | 0.3000 |"
+    assert lines[3] == again  # 2 · (1 + 10 + 45) / 1024
 
 
 def test_the_committed_base_scores_what_training_measured(committed: Bundle) -> None:
