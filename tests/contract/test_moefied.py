@@ -28,8 +28,9 @@ LABELS, SCORES = f"{SITES[0]}.experts.labels", f"{SITES[0]}.experts.scores"
 RECIPES = (
     ("torch-fp32", {}),
     ("onnx-fp32", {}),
+    ("onnx-fp32", {"kernels": "calora"}),
     ("executorch-fp32", {}),
-    ("executorch-fp32", {"kernels": "portable"}),
+    ("executorch-fp32", {"kernels": "calora"}),
     ("coreml-fp16", {}),
 )
 

@@ -30,7 +30,7 @@ RECIPES = (
     ("torch-fp32", {}, 1e-4),
     ("onnx-fp32", {}, 1e-4),
     ("executorch-fp32", {}, 1e-4),
-    ("executorch-fp32", {"kernels": "portable"}, 1e-4),
+    ("executorch-fp32", {"kernels": "calora"}, 1e-4),
     ("coreml-fp16", {}, 0.5),
 )
 STEP_OVER = 0.1
