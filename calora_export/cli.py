@@ -527,6 +527,8 @@ def show_report(made: Report, directory: Path) -> None:
         equal = "all equal" if made.router.decisions_equal else "NOT equal"
         out.print(f"router: {made.router.cases} decisions {equal}, accuracy {number(made.router.accuracy)}")
     show_latency(made.latency)
+    if made.sample is not None:
+        out.print(f"{made.sample.checked} of {made.sample.of} adapters were compared, evenly spaced; no other was.")
     for problem in made.problems:
         out.print(f"[red]✗[/red] {escape(problem)}", highlight=False)
     if made.device.emulated:

@@ -23,6 +23,11 @@ from calora_export.runtimes import Session
 _END = re.compile(r"[.!?…][\"'”’)\]]*\s|[。！？]|\n")
 
 
+def sentence_ends(text: str) -> list[int]:
+    """Where its sentences are over: behind the mark and what follows it."""
+    return [found.end() for found in _END.finditer(text)]
+
+
 @dataclass(frozen=True)
 class Sentence:
     """From which token of the answer on which adapters write it; `prefill` tokens were fed before the next one."""
@@ -108,7 +113,7 @@ class Chat:
             text = self._tokenizer.decode(made)
             if text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character that takes two tokens
                 continue
-            began = len(_END.findall(text)) > len(_END.findall(shown))
+            began = len(sentence_ends(text)) > len(sentence_ends(shown))
             yield text[len(shown) :]
             shown = text
             if began and self._prompt is not None:

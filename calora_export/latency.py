@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from msgspec import UNSET
 
 from calora_export.jobs import Answer, Job, Timing
 from calora_export.package import Package
@@ -15,7 +16,8 @@ PROMPT, DECODE, ROUNDS, SWAPS = 128, 16, 5, 40
 
 def timing(package: Package, prompt: tuple[int, ...]) -> Timing:
     """What to time in a package: its first two adapters, a prompt that leaves room for the decode steps."""
-    ids = [adapter.id for adapter in package.manifest.adapters]
+    ids = [adapter.id for adapter in package.manifest.adapters if adapter.kind is UNSET]
+    ids = ids or [adapter.id for adapter in package.manifest.adapters][:1]  # others may not mix
     if package.manifest.settings.adapter_inputs == "functions":
         ids = ids[:1]  # no two of them can be mixed
     room = package.manifest.model.context - DECODE

@@ -33,7 +33,8 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class ParityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One case against one reference, teacher-forced.
 
-    `case` is `base`, `adapter:ID`, `mix:ID+ID` or `route:ID`. The max abs values are in logits, `kl_max` in
+    `case` is `base`, `adapter:ID`, `mix:ID+ID`, `route:ID` or, of a router that reads every sentence of an answer,
+    `sentence:N:ID`. The max abs values are in logits, `kl_max` in
     nats, `top1_agreement` is a share of positions in [0, 1]. `sqnr_db` is infinite (null) when the outputs
     are identical, `effect_ratio` is null where the reference runs the base.
 
@@ -100,6 +101,13 @@ class TaskRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     target: float | None = None
 
 
+class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of very many adapters some were compared; all others were not looked at."""
+
+    checked: int
+    of: int
+
+
 class Swap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Percentiles of the time to change the adapter."""
 
@@ -133,7 +141,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `activations` is the largest |value| in each layer, from a device that sees them: float16 ends at 65504.
     `problems` holds one line per failure. `tolerances` is what was judged against, by name: a metric
     (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
-    bound the effect. `runtime` is what ran it, in words.
+    bound the effect. `runtime` is what ran it, in words. `sample`: how many adapters were compared, if not all.
 
     Raises:
         ValueError: the verdict contradicts a part or `problems`, or nothing was compared.
@@ -154,6 +162,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tolerances: dict[str, float] = {}
     activations: dict[str, float | None] = {}
     runtime: str = ""
+    sample: Sample | None = None
 
     def __post_init__(self) -> None:
         failed = failed_parts(self)

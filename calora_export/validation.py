@@ -16,7 +16,19 @@ from msgspec import UNSET
 from tokenizers import Tokenizer
 
 from calora_export import adapters as rows
-from calora_export import devices, golden, joint_basis, latency, measuring, model, parity, report, routers, runtimes
+from calora_export import (
+    devices,
+    generation,
+    golden,
+    joint_basis,
+    latency,
+    measuring,
+    model,
+    parity,
+    report,
+    routers,
+    runtimes,
+)
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
 from calora_export.errors import CaloraError
@@ -24,12 +36,15 @@ from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
 from calora_export.recipe import Parity, Tolerance
-from calora_export.report import DeviceInfo, ParityRow, Report, RouterRow, Series, TaskRow
+from calora_export.report import DeviceInfo, ParityRow, Report, RouterRow, Sample, Series, TaskRow
 from calora_export.router_text import RouterText
 from calora_export.weights import Weights
 
 PREFILL, DECODE = 32, 32
 ROUTES = 50
+CHECKED = 64  # adapters, of more
+MIXED = 8  # adapters of a routed mix that is compared
+SENTENCES, LONGEST = 4, 256  # of an answer whose sentences are routed; its tokens
 EXAMPLES = 200
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 FORGED = "sha256:" + "0" * 64
@@ -39,8 +54,10 @@ FORGED = "sha256:" + "0" * 64
 class Reference:
     """The bundle in torch: `source` as trained, `target` with the changes that the recipe made, if it made any.
 
-    held: adapters that the recipe changed, as the package has them.
+    adapters: those that are checked; held: those that the recipe changed, as the package has them.
     """
+
+    bundle: Bundle
 
     source: SlotModel
     target: SlotModel | None
@@ -54,7 +71,7 @@ class Reference:
 
     def mix(self, mix: Mapping[str, float], against: str = "source") -> Rows:
         known = self.adapters if against == "source" else {**self.adapters, **self.held}
-        parts = [(known[identifier], gate) for identifier, gate in mix.items()]
+        parts = [(known.get(i) or rows.load_adapter(self.bundle, i), gate) for i, gate in mix.items()]
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
@@ -91,15 +108,22 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
         target = model.compose(bundle, weights, context=context, activations=settings.activations)
     known = {spec.id for spec in bundle.manifest.adapters}
     shipped = [entry.id for entry in package.manifest.adapters if entry.id in known]
-    adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in shipped}
+    adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in _sample(shipped)}
     held = {}
     if columns is not UNSET:
         joint = joint_basis.compress(bundle, columns)
-        held = {identifier: joint.rows(rows.opened(bundle, identifier)) for identifier in shipped}
+        held = {identifier: joint.rows(rows.opened(bundle, identifier)) for identifier in adapters}
     router = routers.load(bundle) if package.manifest.router else None
     spec = bundle.manifest.router
     text = RouterText(spec, bundle.path / "router" / "tokenizer.json") if spec else None
-    return Reference(source, target, adapters, held, router, text)
+    return Reference(bundle, source, target, adapters, held, router, text)
+
+
+def _sample(adapters: Sequence[str]) -> list[str]:
+    """All of them, or CHECKED that are evenly spaced, the first and the last among them."""
+    if len(adapters) <= CHECKED:
+        return list(adapters)
+    return [adapters[round(i * (len(adapters) - 1) / (CHECKED - 1))] for i in range(CHECKED)]
 
 
 def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundle) -> Reference:
@@ -120,26 +144,83 @@ def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) 
     shipped = list(reference.adapters)
     mixable = package.manifest.settings.adapter_inputs != "functions"
     mixes: dict[str, dict[str, float]] = {"base": {}} | {f"adapter:{i}": {i: 1.0} for i in shipped}
-    if len(shipped) > 1 and mixable:
-        mixes[f"mix:{shipped[0]}+{shipped[1]}"] = {shipped[0]: 0.6, shipped[1]: 0.4}
-    texts = _router_texts(bundle)
+    pair = _addable(reference.adapters)
+    if len(pair) > 1 and mixable:
+        mixes[f"mix:{pair[0]}+{pair[1]}"] = {pair[0]: 0.6, pair[1]: 0.4}
+    sentences = _sentences(bundle, min(LONGEST, package.manifest.model.context))
+    texts = [*_router_texts(bundle), *(sentence.text for sentence in sentences)]
+    cases = []
     if reference.router is not None and reference.text is not None:
         for text in texts[:3]:
-            gates = _gates(reference.router, reference.text.ids(text))
-            mix = {name: float(gate) for name, gate in zip(_classes(bundle), gates, strict=True) if gate > 0}
-            mix = mix if mixable else {max(mix, key=lambda name: mix[name]): 1.0}
-            mixes.setdefault(f"route:{'+'.join(mix)}", mix)
+            mix = _routed(reference, text, mixable)
+            if len(mix) <= MIXED:
+                mixes.setdefault(f"route:{'+'.join(mix)}", mix)
+        for number, sentence in enumerate(sentences, start=1):
+            mix = _routed(reference, sentence.text, mixable)
+            if len(mix) <= MIXED:
+                name = f"sentence:{number}:{'+'.join(mix)}"
+                cases.append(Case(name=name, mix=mix, ids=sentence.ids, prefill=sentence.start))
     entry = package.manifest.router
     asked = RouterText(entry.spec, package.path / entry.tokenizer) if entry and reference.router else None
     timing_prompt = golden.stream(bundle, latency.PROMPT)
     return Job(
         threads=measuring.threads(),
-        cases=tuple(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()),
+        cases=(*(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()), *cases),
         routes=tuple(tuple(asked.ids(text)) for text in texts) if asked else (),
         completions=tuple(_completions(bundle, reference)),
         safety=_safety(package, reference, ids, scratch),
         timing=latency.timing(package, timing_prompt),
     )
+
+
+def _addable(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Adapters that can be in one mix, those of rows alone first."""
+    order = {"rows": 0, "routed": 1}
+    found = sorted((a for a in adapters.values() if a.kind in order), key=lambda adapter: order[adapter.kind])
+    one_routed = [adapter.id for adapter in found if adapter.kind == "routed"][:1]
+    return [adapter.id for adapter in found if adapter.kind == "rows" or adapter.id in one_routed]
+
+
+def _routed(reference: Reference, text: str, mixable: bool) -> dict[str, float]:
+    """The router's choice; where adapters can not be mixed, its best."""
+    assert reference.router is not None and reference.text is not None
+    gates = _gates(reference.router, reference.text.ids(text))
+    mix = {name: float(gate) for name, gate in zip(_classes(reference.bundle), gates, strict=True) if gate > 0}
+    return mix if mixable else {max(mix, key=lambda name: mix[name]): 1.0}
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    """Of an answer: what the router reads at its first token, ids up to its end, and how many there are before it."""
+
+    text: str
+    ids: tuple[int, ...]
+    start: int
+
+
+def _sentences(bundle: Bundle, most: int) -> list[_Sentence]:
+    """The sentences of an answer, where the router reads each: tasks' own texts in turn, at most that many tokens.
+
+    A sentence is written under what the router chooses at its first token, and its cache is filled again under that
+    (`generation`): one case each, which prefills all before it and is teacher-forced through it.
+    """
+    spec = bundle.manifest.router
+    if spec is None or spec.granularity != "sentence" or spec.kind in ("task_id", "static"):
+        return []
+    tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
+    pairs = [pair for pairs in golden.examples(bundle).values() for pair in pairs[:1]]
+    if not pairs:
+        return []
+    prompt, answer = pairs[0][0], "".join([pairs[0][1], *(f"\n{asked}{told}" for asked, told in pairs[1:])])
+    ends = [0, *generation.sentence_ends(answer)]
+    ids, found = tuple(tokenizer.encode(prompt).ids), list[_Sentence]()
+    for start, end in zip(ends, ends[1:], strict=False):
+        more = tuple(tokenizer.encode(answer[start:end], add_special_tokens=False).ids)
+        if len(found) == SENTENCES or len(ids) + len(more) > most:
+            break
+        found.append(_Sentence(prompt + answer[:start], (*ids, *more), len(ids)))
+        ids = (*ids, *more)
+    return found
 
 
 def _safety(package: Package, reference: Reference, ids: tuple[int, ...], scratch: Path) -> Safety | None:
@@ -245,7 +326,9 @@ def _report(
         if not row.passed
     ]
     kind, _, _ = device.partition(":")
+    shipped = sum(entry.id in {spec.id for spec in bundle.manifest.adapters} for entry in package.manifest.adapters)
     made = Report(
+        sample=None if shipped == len(reference.adapters) else Sample(checked=len(reference.adapters), of=shipped),
         package=package.manifest.name,
         target=package.manifest.target,
         passed=not problems,
@@ -310,7 +393,8 @@ def _parity(
             expected = golden.reference_logits(torch_model, reference.mix(case.mix, against), case.ids, case.prefill)
             found = trace.logits[case.name]
             base = expected if base is None else base
-            effect = parity.effect_ratio(expected, base, found, trace.logits["base"]) if case.mix else None
+            alike = case.mix and not case.name.startswith("sentence:")  # of the base's own tokens
+            effect = parity.effect_ratio(expected, base, found, trace.logits["base"]) if alike else None
             made.append(parity.compare(case.name, against, expected, found, effect, limits[against]))
             errors[case.name, against] = np.abs(expected - found).max(-1).tolist()
     return tuple(made), errors
@@ -341,7 +425,8 @@ def _judge_router(package: Package, bundle: Bundle, reference: Reference, trace:
     entry = package.manifest.router
     if reference.router is None or reference.text is None or entry is None:
         return None
-    texts = _router_texts(bundle)
+    sentences = _sentences(bundle, min(LONGEST, package.manifest.model.context))
+    texts = [*_router_texts(bundle), *(sentence.text for sentence in sentences)]
     expected = np.stack([_gates(reference.router, reference.text.ids(text)) for text in texts])
     found = np.array(trace.answer.gates, np.float32)
     if found.shape != expected.shape or set(entry.spec.classes) != set(_classes(bundle)):

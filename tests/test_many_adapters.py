@@ -124,3 +124,14 @@ def test_a_swap_is_as_fast_as_among_a_few(exported: Exported) -> None:
     few, many = exported(FEW)[1], exported(COUNT)[1]
     ratio = min(swap(many) for _ in range(3)) / min(swap(few) for _ in range(3))
     assert ratio < 1.5
+
+
+@pytest.mark.heavy
+def test_validation_compares_some_and_says_how_many(exported: Exported, tmp_path: Path) -> None:
+    bundle, whole, _ = exported(COUNT)
+    package = packages.load(copy_package(whole.path, tmp_path / "package"))
+    report = pipeline.validate(package.path, bundle)
+    assert report.passed and report.sample is not None and (report.sample.checked, report.sample.of) == (64, COUNT)
+    compared = [row.case for row in report.parity if row.case.startswith("adapter:") and row.against == "source"]
+    assert len(compared) == 64 and {compared[0], compared[-1]} == {"adapter:task0000", "adapter:task0999"}
+    assert report.router is not None and report.router.decisions_equal

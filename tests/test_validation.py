@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from calora_export import bundle as bundles
@@ -26,12 +27,12 @@ from calora_export.jobs import Job, Trace
 from calora_export.package import Package
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
-from tests.bundles import edit_json, tiny_bundle
+from tests.bundles import copy_bundle, edit_json, tiny_bundle
 from tests.packages import copy_package, refresh
 from tests.tampering import Arrays, adapter_file, edit_adapter, edit_router, edit_weight
 
-ALPHA = {"adapter:alpha", "mix:alpha+beta", "route:alpha+beta"}
-EVERY = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta"}
+ALPHA = {"adapter:alpha", "mix:alpha+beta", "route:alpha+beta", "sentence:1:alpha+beta"}
+EVERY = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta", "sentence:1:alpha+beta"}
 SAFE = {"aba_bit_identical": True, "kv_isolated": True, "wrong_base_refused": True}
 
 
@@ -104,7 +105,7 @@ def test_one_corrupt_tensor_of_an_adapter_turns_its_rows_red_and_no_other(copy: 
     assert not report.passed
     assert red(report, "source") <= red(report, "target") == ALPHA
     assert "adapter:alpha" in red(report, "source")
-    assert kinds(report) <= {"adapter", "mix", "route", "task"}
+    assert kinds(report) <= {"adapter", "mix", "route", "sentence", "task"}
 
 
 @pytest.mark.usefixtures("in_process")
@@ -390,3 +391,22 @@ def test_the_reference_rounds_as_the_device_does(package: Path, tiny: Path, monk
     assert found[None] == found["int8_block"]
     assert min(found[None]) > max(*found["float"], *found["int8_token"]), "this processor rounds per block"
     assert found["float"] != found["int8_token"]
+
+
+# ── sentences ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sentence_is_compared_under_what_the_router_reads_at_its_first_token(tiny: Path, tmp_path: Path) -> None:
+    """DLP-LoRA's rule: it reads the prompt and the answer so far; all of that is prefilled under its choice."""
+    bundle = copy_bundle(tiny, tmp_path / "bundle")
+    task = bundles.read_manifest(bundle).tasks[0]
+    line = {"prompt": "Say it.", "completion": " One is 1.5. Two! Three"}
+    (bundle / task.eval).write_text(json.dumps(line) + "\n")
+    found = validation._sentences(bundles.load(bundle), 200)
+    tokenizer = Tokenizer.from_file(str(bundle / "base" / "tokenizer.json"))
+    read = ["Say it.", "Say it. One is 1.5. ", "Say it. One is 1.5. Two! "]
+    assert [sentence.text for sentence in found[:3]] == read
+    for sentence, following in zip(found, found[1:], strict=False):
+        assert tokenizer.decode(sentence.ids[: sentence.start]) == sentence.text
+        assert following.start == len(sentence.ids) and following.ids[: following.start] == sentence.ids
+    assert validation._sentences(bundles.load(bundle), 10) == []

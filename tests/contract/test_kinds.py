@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calora_export import bundle as bundles
-from calora_export import factors, pipeline
+from calora_export import factors, pipeline, resources
 from calora_export import package as packages
 from calora_export.errors import FingerprintError, PackageError, UnsupportedError
 from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora, peft, sharelora
@@ -240,3 +240,46 @@ def test_cores_that_do_not_fit_are_refused_in_one_line(package: Package, tmp_pat
     wanted = {"site": "a site with a slot", "shape": r"\[6, 6\]", "basis": "a file of this package"}[damage]
     with pytest.raises(PackageError, match=rf"^first.factors: .*expected {wanted}, found"):
         session_of(package).admit(broken)
+
+
+def test_every_kind_runs_on_the_plain_sdk_of_executorch(kinds: Kinds, hf: PreTrainedModel, tmp_path: Path) -> None:
+    """With kernels that are not ours: gates of each token are multiplied elsewhere."""
+    pytest.importorskip("executorch")
+    text = resources.recipes()["executorch-fp32"].read_text()
+    assert 'kernels = "calora"' in text
+    recipe = tmp_path / "stock.toml"
+    recipe.write_text(text.replace('kernels = "calora"', 'kernels = "stock"'))
+    package = pipeline.export(kinds.bundle, tmp_path / "package", str(recipe))
+    session = session_of(package)
+    assert np.abs(logits(session, {}) - reference(hf)).max() <= LIMITS["executorch"]
+    for kind in OTHERS:
+        expected = reference(hf, kinds.install(kind))
+        assert np.abs(logits(session, {kind: 1.0}) - expected).max() <= LIMITS["executorch"]
+
+
+def test_experts_of_fixed_weights_are_rows(kinds: Kinds, hf: PreTrainedModel, tmp_path: Path) -> None:
+    """A dense mixture without a router: y += Σ_e w_e · scale · B_e A_e x."""
+    bundle = merged([kinds.bundle], tmp_path / "bundle")
+    manifest = bundles.read_manifest(bundle)
+    directory = bundle / "adapters" / "mole"
+    tensors = load_file(directory / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".token_router." not in k}, directory / "adapter_model.safetensors")
+    weights = (0.5, 0.2, 0.3)
+    specs = [
+        msgspec.structs.replace(spec, token_router=None, expert_weights=weights) if spec.id == "mole" else spec
+        for spec in manifest.adapters
+    ]
+    bundles.write_manifest(bundle, msgspec.structs.replace(manifest, adapters=tuple(specs)))
+    state = {name.removeprefix("base_model.model."): torch.from_numpy(value) for name, value in tensors.items()}
+
+    def delta(site: str, x: torch.Tensor) -> torch.Tensor | None:
+        if f"{site}.lora_expert_A" not in state:
+            return None
+        downs, ups = state[f"{site}.lora_expert_A"], state[f"{site}.lora_expert_B"]
+        return sum((w * (x @ a.T @ b.T) for w, a, b in zip(weights, downs, ups, strict=True)), torch.zeros(()))
+
+    package = pipeline.export(bundle, tmp_path / "package", "torch-fp32")
+    entry = package.adapter("mole")
+    assert entry.kind is msgspec.UNSET and entry.rank == 9
+    found = logits(session_of(package), {"mole": 1.0})
+    assert np.abs(found - reference(hf, methods.added(delta))).max() <= LIMITS["torch"]

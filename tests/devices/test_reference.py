@@ -23,7 +23,7 @@ from tests.mlpackage_file import MlpackageFile
 from tests.packages import copy_package, refresh
 
 INT4 = "coreml-int4"
-ROWS = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta"}
+ROWS = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta", "sentence:1:alpha+beta"}
 
 
 @pytest.fixture
