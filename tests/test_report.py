@@ -84,6 +84,7 @@ SCHEMA = {
     "tolerances": None,
     "activations": None,
     "runtime": None,
+    "sample": None,
 }
 
 BASE = ParityRow(
