@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shlex
-import signal
 import socket
 import subprocess
 import tarfile
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from gzip import GzipFile
-from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -29,100 +28,29 @@ import msgspec
 
 from calora_export import native
 from calora_export import package as packages
+from calora_export.devices._shell import FIRST, QUICK_S, UNFIT, Shell
 from calora_export.errors import DeviceError, mismatch
-from calora_export.jobs import JOB, LOGITS, TRACE, Answer, Job, Trace, read_trace, write_job
+from calora_export.jobs import (
+    JOB,
+    LOGITS,
+    TRACE,
+    InterruptedRun,
+    Job,
+    Trace,
+    read_begun,
+    read_trace,
+    write_job,
+)
 from calora_export.package import Package
 
 LIMIT_S = 3600  # of a job
-QUICK_S = 60  # of everything that moves little
+STEP = 4_000_000  # bytes of a push between two words of progress
 SLOWEST = 250_000  # bytes per second of a push, below which it counts as stuck
 LINGER_S = 60  # how long a device keeps what was pushed when this machine goes away, so that a re-run sends the rest
 PLACE = "CALORA_DEVICE_DIR"  # where on the device our directory shall be, if its usual place is too small
 TOOLS = ("tar", "sha256sum", "find", "readlink", "sleep")
-REASONS = ("No space left on device", "Read-only file system", "Permission denied", "Exec format error")
 
 Progress = Callable[[str], None]
-Feed = Callable[[IO[bytes]], None]
-
-
-@dataclass(frozen=True)
-class Shell:
-    """A way to run scripts on a device. name: as the user gave it; client: the command that takes a script;
-    place: the directory over there, as its shell reads it; hint: what to do when there is no way to it."""
-
-    name: str
-    client: tuple[str, ...]
-    place: str
-    hint: Callable[[str], str]
-
-    def call(self, step: str, script: str, limit: float = QUICK_S, feed: Feed | None = None) -> bytes:
-        """Standard output of a script; DeviceError, with the device and the step, when it fails or takes too long."""
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            process = subprocess.Popen(
-                [*self.client, _closed(script)],
-                stdin=subprocess.PIPE if feed else subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,  # Ctrl-C is for us: there is something to clean up
-            )
-            with _limited(process, limit) as overdue:
-                if feed is not None and process.stdin is not None:
-                    with suppress(OSError), process.stdin as pipe:  # the reason is on stderr
-                        feed(pipe)
-                process.wait()
-            out.seek(0)
-            err.seek(0)
-            self._judge(step, err.read().decode(errors="replace"), limit if overdue() else None)
-            return out.read()
-
-    def _judge(self, step: str, said: str, limit: float | None) -> None:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        ends = [line for line in lines if line.startswith(END)]
-        if limit is not None:
-            raise DeviceError(f"{self.name}: {step}: no answer after {limit:g} s")
-        lines = [line for line in lines if not line.startswith(END)] or ["it says nothing"]
-        if not ends:
-            raise self.lost(step, lines[-1])
-        if status := int(ends[-1].removeprefix(END)):
-            raise DeviceError(f"{self.name}: {step}: {_reason(status, lines)}")
-
-    def lost(self, step: str, reason: str) -> DeviceError:
-        """What is said when a script did not reach its end."""
-        hint = self.hint(reason)
-        reason = reason.removeprefix("error: ").removeprefix("adb: ").removeprefix("ssh: ")
-        what = "no connection" if step == FIRST else "the connection ended"
-        return DeviceError(f"{self.name}: {step}: {what}: {reason}" + (f" ({hint})" if hint else ""))
-
-
-FIRST, END = "connect", "calora-export:"
-UNFIT = 126  # a shell's own exit code for what it cannot execute
-
-
-def _closed(script: str) -> str:
-    """The script for any login shell; its exit code comes as the last line of stderr, or the connection was lost."""
-    return "sh -c " + shlex.quote(f"( {script} ); code=$?; echo {END}$code >&2; exit $code")
-
-
-def _reason(status: int, lines: list[str]) -> str:
-    if status > 128 and status - 128 in set(signal.Signals):
-        return f"killed by {signal.Signals(status - 128).name}"
-    known = [line for line in lines if any(reason in line for reason in REASONS)]
-    line = (known or lines)[-1]
-    return f"the runner does not start there: {line}" if status == UNFIT else line
-
-
-@contextmanager
-def _limited(process: subprocess.Popen[bytes], limit: float) -> Iterator[Callable[[], bool]]:
-    """Kill the process when it takes longer, or when the block ends before it does; yields whether that was why."""
-    end = time.monotonic() + limit
-    timer = threading.Timer(limit, process.kill)
-    timer.start()
-    try:
-        yield lambda: time.monotonic() >= end
-    finally:
-        timer.cancel()
-        process.kill()
-        process.wait()
 
 
 # ── a job ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,19 +79,26 @@ def run(shell: Shell, package: Package, job: Job, progress: Progress) -> Trace:
     program = native.runner(target, facts.arch)
     with _kept(shell) as place, tempfile.TemporaryDirectory(prefix="calora-job-") as name:
         scratch = Path(name)
-        _sync(shell, "runner", _files(program.parent), progress)
-        _sync(shell, "package", _package_files(package), progress)
-        _send_job(shell, place, job, scratch)
+        files = {**_runner_files(program), **_package_files(package)}
+        _sync(shell, files, _job_files(place, job, scratch), progress)
         progress(f"running on {shell.name}")
-        start = shlex.quote(f"echo $$ > ../job/pid; exec {native.command(program, facts.arch)} ../package ../job")
+        command = f"{native.command(program, facts.arch)} ../package ../job --stream"
+        start = shlex.quote(f"echo $$ > ../job/pid; exec {command}")
         check = f"{native.check(program, facts.arch)} || exit {UNFIT}"
-        shell.call("run", f"cd {shell.place}/runner && {{ {check}; }} && sh -c {start}", LIMIT_S)
-        _fetch(shell, scratch)
+        script = f"cd {shell.place}/runner && {{ {check}; }} && sh -c {start}"
         try:
-            trace = read_trace(scratch, job)
+            with tempfile.TemporaryFile() as stream:
+                try:
+                    shell.record("run", script, stream, LIMIT_S)
+                finally:
+                    _unpack(stream, scratch)
+        except DeviceError as error:
+            begun = read_begun(scratch, job)
+            raise InterruptedRun(str(error), begun and _named(begun, facts)) from error
+        try:
+            return _named(read_trace(scratch, job), facts)
         except DeviceError as error:
             raise DeviceError(f"{shell.name}: {error}") from error
-    return replace(trace, answer=_named(trace.answer, facts))
 
 
 def _look(shell: Shell) -> Facts:
@@ -188,35 +123,41 @@ def placed(usual: str) -> str:
     return f"{shlex.quote(chosen)}/calora-export-device" if chosen else usual
 
 
-def _named(answer: Answer, facts: Facts) -> Answer:
+def _named(trace: Trace, facts: Facts) -> Trace:
     """An Android device by its model and version; the kernel's names say little."""
     if not facts.release:
-        return answer
-    emulated = facts.emulator or answer.emulated
-    return msgspec.structs.replace(answer, device=facts.model, os=f"Android {facts.release}", emulated=emulated)
+        return trace
+    system, emulated = f"Android {facts.release}", facts.emulator or trace.answer.emulated
+    answer = msgspec.structs.replace(trace.answer, device=facts.model, os=system, emulated=emulated)
+    return replace(trace, answer=answer)
 
 
-def _send_job(shell: Shell, place: str, job: Job, scratch: Path) -> None:
-    files = {JOB: scratch / JOB}
+def _job_files(place: str, job: Job, scratch: Path) -> dict[str, Path]:
+    files = {f"job/{JOB}": scratch / JOB}
     if job.safety is not None:
         forged = Path(job.safety.forged)
-        files[forged.name] = forged
+        files[f"job/{forged.name}"] = forged
         there = f"{place}/job/{forged.name}"
         job = msgspec.structs.replace(job, safety=msgspec.structs.replace(job.safety, forged=there))
     write_job(scratch, job)
-    _push(shell, "job", files, lambda _: None)
+    return files
 
 
-def _fetch(shell: Shell, scratch: Path) -> None:
-    """Bring back the trace; the tar stream says when it is cut off."""
-    data = shell.call("pull", f"cd {shell.place}/job && tar -cf - {TRACE} {LOGITS}", LIMIT_S)
-    try:
-        with tarfile.open(fileobj=BytesIO(data), mode="r:") as archive:
-            for name in (TRACE, LOGITS):
-                member = archive.extractfile(name)
-                (scratch / name).write_bytes(member.read() if member else b"")
-    except (tarfile.TarError, KeyError) as error:
-        raise DeviceError(f"{shell.name}: pull: what arrived is no archive of a trace: {error}") from error
+FRAME = re.compile(rf"({re.escape(LOGITS)}|{re.escape(TRACE)}) (\d+)\n".encode())
+
+
+def _unpack(stream: IO[bytes], scratch: Path) -> None:
+    """The runner's frames as files, as far as they are whole. What a login shell says before them is passed over."""
+    stream.seek(0)
+    (scratch / LOGITS).write_bytes(b"")
+    while line := stream.readline():
+        frame = FRAME.fullmatch(line)
+        if frame is None:
+            continue
+        name, size = frame[1].decode(), int(frame[2])
+        if len(data := stream.read(size)) == size:
+            with (scratch / name).open("ab" if name == LOGITS else "wb") as file:
+                file.write(data)
 
 
 # ── the keeper ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -256,13 +197,7 @@ def _kept(shell: Shell) -> Iterator[str]:
     token = os.urandom(8).hex()
     script = KEEPER.format(place=shell.place, token=token, owner=owner, linger=LINGER_S)
     with tempfile.TemporaryFile() as err:
-        keeper = subprocess.Popen(
-            [*shell.client, _closed(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=err,
-            start_new_session=True,
-        )
+        keeper = shell.start(script, subprocess.PIPE, subprocess.PIPE, err)
         try:
             place = _wait_for_keeper(shell, keeper, err)
             yield place
@@ -285,7 +220,7 @@ def _wait_for_keeper(shell: Shell, keeper: subprocess.Popen[bytes], err: IO[byte
         raise DeviceError(mismatch(shell.name, "lock", "a free device", f"{rest} at work", "try again when it is done"))
     keeper.wait()
     err.seek(0)
-    shell._judge("prepare", err.read().decode(errors="replace"), None)
+    shell.judge("prepare", err.read().decode(errors="replace"))
     raise shell.lost("prepare", "it says nothing")
 
 
@@ -307,55 +242,69 @@ def _user() -> str:
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _files(directory: Path) -> dict[str, Path]:
-    return {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+def _runner_files(program: Path) -> dict[str, Path]:
+    paths = sorted(path for path in program.parent.rglob("*") if path.is_file())
+    return {f"runner/{path.relative_to(program.parent).as_posix()}": path for path in paths}
 
 
 def _package_files(package: Package) -> dict[str, Path]:
     names = (packages.FILE, *package.manifest.files)
-    return {name: package.path / name for name in names}
+    return {f"package/{name}": package.path / name for name in names}
 
 
-def _sync(shell: Shell, directory: str, files: Mapping[str, Path], progress: Progress) -> None:
-    """Make a directory of the device hold these files and no others, by their hashes; check what was pushed."""
+def _sync(shell: Shell, files: Mapping[str, Path], more: Mapping[str, Path], progress: Progress) -> None:
+    """Make the device hold these files and no others but `more`, by their hashes; check what was pushed."""
     wanted = {name: packages.hash_file(path).sha256 for name, path in files.items()}
-    there = _hashes(shell, directory)
+    there = _hashes(shell)
     if other := sorted(there.keys() - wanted.keys()):
         names = " ".join(shlex.quote(f"./{name}") for name in other)
-        shell.call("push", f"cd {shell.place}/{directory} && rm -f {names}")
+        shell.call("push", f"cd {shell.place} && rm -f {names}")
     missing = {name: path for name, path in files.items() if there.get(name) != wanted[name]}
-    if not missing:
-        return
-    _push(shell, directory, missing, progress)
-    there = _hashes(shell, directory)
+    _push(shell, {**missing, **more}, progress if missing else lambda _: None)
+    there = _hashes(shell) if missing else {}
     for name in missing:
         if there.get(name) != wanted[name]:
             found = there.get(name, "nothing")
             raise DeviceError(f"{shell.name}: push: {mismatch(name, 'sha256', wanted[name], found, 'it was cut off')}")
 
 
-def _hashes(shell: Shell, directory: str) -> dict[str, str]:
-    said = shell.call("push", f"cd {shell.place}/{directory} && find . -type f -exec sha256sum {{}} +", LIMIT_S)
+def _hashes(shell: Shell) -> dict[str, str]:
+    said = shell.call("push", f"cd {shell.place} && find runner package -type f -exec sha256sum {{}} +", LIMIT_S)
     lines = [line.split(maxsplit=1) for line in said.decode(errors="replace").splitlines()]
-    return {name.strip().removeprefix("*").removeprefix("./"): digest for digest, name in lines}
+    return {name.strip().removeprefix("*"): digest for digest, name in lines}
 
 
-def _push(shell: Shell, directory: str, files: Mapping[str, Path], progress: Progress) -> None:
+def _push(shell: Shell, files: Mapping[str, Path], progress: Progress) -> None:
     """One compressed stream."""
     total = sum(path.stat().st_size for path in files.values())
+    sent = 0
 
     def feed(pipe: IO[bytes]) -> None:
-        sent = 0
         with (
             GzipFile(fileobj=pipe, mode="wb", compresslevel=1) as zipped,
-            tarfile.open(fileobj=zipped, mode="w|") as archive,
+            tarfile.open(fileobj=zipped, mode="w|", copybufsize=STEP) as archive,
         ):
             for name, path in files.items():
-                progress(f"pushing to {shell.name}: {name} ({sent / 1e6:.0f} of {total / 1e6:.0f} MB)")
                 entry = tarfile.TarInfo(name)
                 entry.size, entry.mode = path.stat().st_size, 0o755
                 with path.open("rb") as file:
-                    archive.addfile(entry, file)
-                sent += entry.size
+                    archive.addfile(entry, _Told(file, partial(tell, name)))
 
-    shell.call("push", f"cd {shell.place}/{directory} && tar -xzf -", QUICK_S + total / SLOWEST, feed)
+    def tell(name: str, size: int) -> None:
+        nonlocal sent
+        progress(f"pushing to {shell.name}: {name} ({sent / 1e6:.0f} of {total / 1e6:.0f} MB)")
+        sent += size
+
+    shell.call("push", f"cd {shell.place} && tar -xzf -", QUICK_S + total / SLOWEST, feed)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A file that tells what is being read of it."""
+
+    file: IO[bytes]
+    tell: Callable[[int], None]
+
+    def read(self, size: int) -> bytes:
+        self.tell(size)
+        return self.file.read(size)

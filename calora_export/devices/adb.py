@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from calora_export.devices import Progress, _remote, silent
+from calora_export.devices._shell import QUICK_S, Shell
 from calora_export.errors import DeviceError, mismatch
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
@@ -30,7 +31,7 @@ def run(address: str, package: Package, job: Job, progress: Progress = silent) -
     return _remote.run(shell(address), package, job, progress)
 
 
-def shell(address: str) -> _remote.Shell:
+def shell(address: str) -> Shell:
     """A device that is ready; DeviceError says what to do about one that is not."""
     adb = _client()
     known = listed(adb)
@@ -43,11 +44,11 @@ def shell(address: str) -> _remote.Shell:
         raise DeviceError(mismatch("--device", f"adb:{address}", expected, "no such device", "see `adb devices`"))
     if (state := known[address]) != READY:
         raise DeviceError(mismatch(f"adb:{address}", "state", READY, state, advice(state)))
-    return _remote.Shell(
+    return Shell(
         name=f"adb:{address}",
         client=(adb, "-s", address, "shell", "-T"),
         place=_remote.placed(PLACE),
-        hint=lambda reason: next((hint for text, hint in HINTS.items() if text in reason), ""),
+        hints=HINTS,
     )
 
 
@@ -92,8 +93,8 @@ def _client() -> str:
 
 def _adb(adb: str, *arguments: str) -> str:
     try:
-        done = subprocess.run([adb, *arguments], capture_output=True, text=True, timeout=_remote.QUICK_S)
+        done = subprocess.run([adb, *arguments], capture_output=True, text=True, timeout=QUICK_S)
     except subprocess.TimeoutExpired as error:
-        line = f"adb: {arguments[0]}: no answer after {_remote.QUICK_S} s (try `adb kill-server`)"
+        line = f"adb: {arguments[0]}: no answer after {QUICK_S} s (try `adb kill-server`)"
         raise DeviceError(line) from error
     return done.stdout

@@ -8,7 +8,6 @@ host:PROFILE   for Core ML: with the compute units that a device's profile names
 from __future__ import annotations
 
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
-from calora_export import native, profiles, runtimes
+from calora_export import machine, native, profiles, runtimes
 from calora_export import package as packages
 from calora_export.devices import Progress, silent
 from calora_export.errors import CaloraError, DeviceError, PackageError, mismatch
@@ -28,16 +29,19 @@ from calora_export.jobs import (
     Answer,
     Case,
     Completion,
+    InterruptedRun,
     Job,
+    Point,
+    Record,
     Safety,
     SafetyTrace,
     Timing,
     TimingTrace,
     Trace,
+    read_begun,
     read_job,
     read_trace,
     write_job,
-    write_trace,
 )
 from calora_export.package import Package
 from calora_export.runtimes import Session
@@ -59,10 +63,10 @@ def ask(program: Sequence[str], label: str, package: Package, job: Job) -> Trace
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
         except subprocess.TimeoutExpired as error:
-            raise DeviceError(f"{label}: no answer after {LIMIT_S} s") from error
+            raise InterruptedRun(f"{label}: no answer after {LIMIT_S} s", read_begun(directory, job)) from error
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise DeviceError(f"{label}: {lines[-1]}")
+            raise InterruptedRun(f"{label}: {lines[-1]}", read_begun(directory, job))
         return read_trace(directory, job)
 
 
@@ -84,52 +88,66 @@ def main(*arguments: str) -> int:
     return serve(Path(package), Path(directory), partial(answer, units=units[0]) if units else answer)
 
 
-def serve(package: Path, directory: Path, answer: Callable[[Package, Job], Trace]) -> int:
+def serve(package: Path, directory: Path, answer: Callable[[Package, Job, Record], Trace]) -> int:
     """Read the job, write what it gave, or one line on stderr; the exit code."""
     try:
-        write_trace(directory, answer(packages.load(package), read_job(directory)))
+        job = read_job(directory)
+        if job.cores:
+            machine.pin(job.cores)
+        record = Record(directory)
+        record.say(answer(packages.load(package), job, record).answer)
     except CaloraError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def answer(package: Package, job: Job, units: str = "") -> Trace:
+def answer(package: Package, job: Job, record: Record | None = None, units: str = "") -> Trace:
     """Run a job in this process, on the target's runtime; units: a profile's compute_units, for Core ML."""
     runtime = runtimes.load(package.manifest.target)
     runtime.prepare(package)
     if not units:
-        return work(package, job, runtime.open_session)
+        return work(package, job, runtime.open_session, record)
     from calora_export.runtimes import coreml
 
-    return work(package, job, lambda package, _: coreml.predicting(package, units))
+    return work(package, job, lambda package, _: coreml.predicting(package, units), record)
 
 
-def work(package: Package, job: Job, open_session: Callable[[Package, int], Session]) -> Trace:
-    """Do all that a job asks of a session."""
+def work(
+    package: Package, job: Job, open_session: Callable[[Package, int], Session], record: Record | None = None
+) -> Trace:
+    """Do all that a job asks of a session, and record it as it comes."""
+    record = record or Record()
     start = time.perf_counter()
     session = open_session(package, job.threads)
     load = _milliseconds(start)
-    logits = {case.name: _forced(session, case) for case in job.cases}
-    gates = tuple(tuple(float(g) for g in session.route(ids)) for ids in job.routes)
-    ends = set(package.manifest.model.eos)
-    completions = tuple(_generate(session, completion, ends) for completion in job.completions)
-    safety = _check_safety(session, job.safety) if job.safety else None
-    timing = _measure(session, job.timing, load, job.routes[:1]) if job.timing else None
-    facts = Answer(
+    made = Answer(
         device=platform.node() or "host",
         arch=platform.machine(),
         os=f"{platform.system()} {platform.release()}",
         runtime=package.manifest.target,
         vocab=package.manifest.model.vocab,
-        gates=gates,
-        completions=completions,
-        safety=safety,
-        timing=timing,
-        peak_rss=_peak_rss(),
-        emulated=_is_emulated(),
+        gates=(),
+        completions=(),
+        safety=None,
+        timing=None,
+        peak_rss=machine.peak_rss(),
+        emulated=machine.is_emulated(),
+        threads=session.threads,
+        cores=machine.cores(),
     )
-    return Trace(facts, logits)
+    record.say(made)
+    for case in job.cases:
+        record.add(case.name, _forced(session, case))
+    gates = tuple(tuple(float(g) for g in session.route(ids)) for ids in job.routes)
+    record.say(made := replace(made, gates=gates))
+    ends = set(package.manifest.model.eos)
+    completions = tuple(_generate(session, completion, ends) for completion in job.completions)
+    safety = _check_safety(session, job.safety) if job.safety else None
+    record.say(made := replace(made, completions=completions, safety=safety))
+    timing = _measure(session, job.timing, load, job.routes[:1], made.emulated) if job.timing else None
+    made = replace(made, timing=timing, peak_rss=machine.peak_rss(), mapped=machine.mapped())
+    return Trace(made, record.logits)
 
 
 def _forced(session: Session, case: Case) -> np.ndarray:
@@ -184,8 +202,11 @@ def _check_safety(session: Session, safety: Safety) -> SafetyTrace:
     )
 
 
-def _measure(session: Session, timing: Timing, load: float, routes: tuple[tuple[int, ...], ...]) -> TimingTrace:
+def _measure(
+    session: Session, timing: Timing, load: float, routes: tuple[tuple[int, ...], ...], emulated: bool
+) -> TimingTrace:
     """Rounds are interleaved, so that a machine whose speed drifts slows every line alike."""
+    before = machine.conditions()
     mixes: dict[str, dict[str, float]] = {"base": {}}
     if timing.adapter:
         mixes["adapter"] = {timing.adapter: 1.0}
@@ -222,28 +243,26 @@ def _measure(session: Session, timing: Timing, load: float, routes: tuple[tuple[
         prefill=tuple(prefill),
         decode={name: tuple(samples) for name, samples in decode.items()},
         router=tuple(router[1:]),
+        curve=() if emulated else tuple(_trace_curve(session, timing)),
+        before=before,
+        after=machine.conditions(),
     )
 
 
-def _peak_rss() -> int:
-    """Bytes. On Linux from /proc, because getrusage still counts the parent that forked this process."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _is_emulated() -> bool:
-    """Whether another processor's program (qemu-user) runs this one: what runs is not what this Python is for."""
-    running = Path("/proc/./self/exe")  # as /proc/self/exe, qemu-user shows its guest
-    return running.exists() and _processor(running) != _processor(Path(sys.executable))
-
-
-def _processor(program: Path) -> bytes:
-    """The field e_machine of an ELF file."""
-    with program.open("rb") as file:
-        return file.read(20)[18:]
+def _trace_curve(session: Session, timing: Timing) -> Iterator[Point]:
+    """The base, at each length. Its kernels are warm."""
+    for length in timing.lengths:
+        ids = tuple(islice(cycle(timing.prompt), length))
+        prefill: list[float] = []
+        decode: list[float] = []
+        for _ in range(timing.repeats):
+            session.select({})
+            with _timed(prefill):
+                session.extend(ids)
+            for _ in range(timing.decode):
+                with _timed(decode):
+                    session.extend(ids[:1])
+        yield Point(length, tuple(prefill), tuple(decode))
 
 
 @contextmanager

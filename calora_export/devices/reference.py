@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from calora_export.devices import Progress, host, silent
 from calora_export.errors import DeviceError, mismatch
-from calora_export.jobs import Job, Trace
+from calora_export.jobs import Job, Record, Trace
 from calora_export.package import Package
 
 
@@ -24,14 +24,16 @@ def run(address: str, package: Package, job: Job, progress: Progress = silent) -
     return host.ask([sys.executable, "-m", __name__], "reference", package, job)
 
 
-def answer(package: Package, job: Job) -> Trace:
+def answer(package: Package, job: Job, record: Record | None = None) -> Trace:
     """Run a job in this process; the answer has the peaks of the model's activations in the job's cases."""
     from calora_export.coreml_engines import Reference
     from calora_export.runtimes.coreml import CoremlSession
 
     watching, plain = Reference(watched=True), Reference()  # watching doubles the time
-    cases = host.work(package, Job(threads=1, cases=job.cases), lambda package, _: CoremlSession(package, watching))
-    rest = host.work(package, replace(job, threads=1, cases=()), lambda package, _: CoremlSession(package, plain))
+    timing = job.timing and replace(job.timing, lengths=())  # times that mean nothing
+    alone, others = Job(threads=1, cases=job.cases), replace(job, threads=1, cases=(), timing=timing)
+    cases = host.work(package, alone, lambda package, _: CoremlSession(package, watching), record)
+    rest = host.work(package, others, lambda package, _: CoremlSession(package, plain))
     peaks = watching.peaks[package.manifest.model.file]
     return Trace(replace(rest.answer, runtime="reference", peaks=peaks, emulated=True, threads=1), cases.logits)
 

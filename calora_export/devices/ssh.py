@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from calora_export.devices import Progress, _remote, silent
+from calora_export.devices._shell import Shell
 from calora_export.errors import DeviceError, mismatch
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
@@ -31,18 +32,18 @@ def run(address: str, package: Package, job: Job, progress: Progress = silent) -
     return _remote.run(shell(address), package, job, progress)
 
 
-def shell(address: str) -> _remote.Shell:
+def shell(address: str) -> Shell:
     host, port = parse(address)
     command = shlex.split(os.environ.get(COMMAND, "")) or ["ssh"]
     if shutil.which(command[0]) is None:
         raise DeviceError(mismatch(f"ssh:{address}", "ssh", "installed", "not", "install the OpenSSH client"))
     options = [part for option in OPTIONS for part in ("-o", option)]
     where = (*(("-p", port) if port else ()), "--", host)
-    return _remote.Shell(
+    return Shell(
         name=f"ssh:{address}",
         client=(*command, "-T", *options, *where),
         place=_remote.placed(PLACE),
-        hint=lambda reason: next((hint for text, hint in HINTS.items() if text in reason), ""),
+        hints=HINTS,
     )
 
 

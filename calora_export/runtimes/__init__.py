@@ -31,6 +31,11 @@ class Session(Protocol):
     @property
     def mix(self) -> Mix: ...
 
+    @property
+    def threads(self) -> int | None:
+        """How many it computes on; None where the runtime does not tell."""
+        ...
+
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         """Activate a mix of adapters. The KV cache is emptied unless the caller asks to read it under the new mix."""
         ...

@@ -135,6 +135,10 @@ class CoremlSession:
     def mix(self) -> Mix:
         return dict(self._mix)
 
+    @property
+    def threads(self) -> int | None:
+        return None
+
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         if self._manifest.settings.adapter_inputs == "functions":
             if keep_cache:

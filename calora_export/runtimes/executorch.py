@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -153,9 +154,17 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Rows, str]:
 
 
 def open_session(package: Package, threads: int) -> ExecutorchSession:
-    """The runtime has a thread pool of its own, as large as the machine, whatever `threads` allows."""
+    """The runtime's thread pool, which all of this process shares, has so many threads from now on."""
     prepare(package)
+    with quiet.libraries():
+        _pool()._unsafe_reset_threadpool(threads)
     return ExecutorchSession(package)
+
+
+def _pool() -> ModuleType:
+    from executorch.extension.pybindings import portable_lib
+
+    return portable_lib
 
 
 class ExecutorchSession:
@@ -173,6 +182,10 @@ class ExecutorchSession:
     @property
     def mix(self) -> Mix:
         return dict(self._mix)
+
+    @property
+    def threads(self) -> int | None:
+        return _pool()._threadpool_get_thread_count()
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]

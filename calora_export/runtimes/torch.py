@@ -125,6 +125,10 @@ class TorchSession:
     def mix(self) -> Mix:
         return dict(self._mix)
 
+    @property
+    def threads(self) -> int | None:
+        return torch.get_num_threads()
+
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         self._package.require_mixable(mix)
         parts = [(self._shelf[identifier], gate) for identifier, gate in mix.items() if gate != 0.0]

@@ -5,23 +5,23 @@
 #include "job.h"
 #include "machine.h"
 #include "measuring.h"
+#include "outlet.h"
 
 #include <nlohmann/json.hpp>
 #include <sys/utsname.h>
 
 #include <algorithm>
-#include <fstream>
 
 namespace calora {
 namespace {
 
-void force(Session& session, const Case& item, std::ostream& logits) {
-  const auto write = [&](const float* row) {
-    logits.write(reinterpret_cast<const char*>(row), session.package().vocab * int64_t(sizeof(float)));
-  };
+std::vector<float> force(Session& session, const Case& item) {
+  std::vector<float> logits;
+  const auto keep = [&](const float* row) { logits.insert(logits.end(), row, row + session.package().vocab); };
   session.select(item.mix);
-  write(session.extend(item.ids.data(), size_t(item.prefill)));
-  for (size_t i = size_t(item.prefill); i < item.ids.size(); ++i) write(session.extend(&item.ids[i], 1));
+  keep(session.extend(item.ids.data(), size_t(item.prefill)));
+  for (size_t i = size_t(item.prefill); i < item.ids.size(); ++i) keep(session.extend(&item.ids[i], 1));
+  return logits;
 }
 
 Tokens complete(Session& session, const Completion& completion) {
@@ -74,41 +74,44 @@ Json check_safety(Session& session, const Safety& safety) {
 
 } // namespace
 
-void answer(const std::filesystem::path& package, const std::filesystem::path& directory) {
+void answer(const std::filesystem::path& package, const std::filesystem::path& directory, bool stream) {
   const Job job = Job::read(directory / "job.json");
+  if (!job.cores.empty()) pin(job.cores);
+  const std::unique_ptr<Outlet> outlet = stream ? to_stream() : to_files(directory);
   const Stopwatch watch;
   const std::unique_ptr<Session> opened = open_session(package, job.threads);
   Session& session = *opened;
   const double load = watch.milliseconds();
 
-  std::ofstream logits(directory / "logits.bin", std::ios::binary);
-  for (const Case& item : job.cases) force(session, item, logits);
-  if (!logits.flush()) throw Error("logits.bin: cannot be written");
-  Json gates = Json::array(), completions = Json::array(), safety, timing;
-  for (const Tokens& ids : job.routes) gates.push_back(session.route(ids));
-  for (const Completion& completion : job.completions) completions.push_back(complete(session, completion));
-  if (job.safety) safety = check_safety(session, *job.safety);
-  if (job.timing) timing = measure(session, *job.timing, load, job.routes);
-
   const std::string rounding = session.rounding();
   utsname system{};
   uname(&system);
-  const Json trace = {
+  Json trace = {
       {"device", system.nodename},
       {"arch", system.machine},
       {"os", std::string(system.sysname) + " " + system.release},
       {"runtime", target},
       {"vocab", session.package().vocab},
-      {"gates", gates},
-      {"completions", completions},
-      {"safety", safety},
-      {"timing", timing},
+      {"gates", Json::array()},
+      {"completions", Json::array()},
+      {"safety", Json()},
+      {"timing", Json()},
       {"peak_rss", peak_rss()},
       {"emulated", emulated()},
       {"rounding", rounding.empty() ? Json() : Json(rounding)},
+      {"cores", cores()},
   };
-  std::ofstream file(directory / "trace.json", std::ios::binary);
-  if (!(file << trace.dump() << '\n').flush()) throw Error("trace.json: cannot be written");
+  outlet->say(trace);
+  for (const Case& item : job.cases) outlet->add(force(session, item));
+  for (const Tokens& ids : job.routes) trace["gates"].push_back(session.route(ids));
+  outlet->say(trace);
+  for (const Completion& completion : job.completions) trace["completions"].push_back(complete(session, completion));
+  if (job.safety) trace["safety"] = check_safety(session, *job.safety);
+  outlet->say(trace);
+  if (job.timing) trace["timing"] = measure(session, *job.timing, load, job.routes);
+  trace["peak_rss"] = peak_rss();
+  trace["mapped"] = mapped();
+  outlet->say(trace);
 }
 
 } // namespace calora

@@ -26,16 +26,25 @@ Safety read_safety(const Fields& json) {
 }
 
 Timing read_timing(const Fields& json) {
-  json.only({"adapter", "other", "prompt", "decode", "rounds", "swaps"});
-  return {json.text("adapter"),   json.text("other"),     json.integers("prompt"),
-          json.integer("decode"), json.integer("rounds"), json.integer("swaps")};
+  json.only({"adapter", "other", "prompt", "decode", "rounds", "swaps", "lengths", "repeats"});
+  const bool curve = json.has("lengths") && json.has("repeats");
+  if (curve && json.integers("prompt").empty())
+    throw refusal("job.json", "timing.prompt", "at least one token", "none");
+  return {json.text("adapter"),
+          json.text("other"),
+          json.integers("prompt"),
+          json.integer("decode"),
+          json.integer("rounds"),
+          json.integer("swaps"),
+          curve ? json.integers("lengths") : Tokens(),
+          curve ? json.integer("repeats") : 0};
 }
 
 } // namespace
 
 Job Job::read(const std::filesystem::path& path) {
   const Fields json = Fields::read(path);
-  json.only({"threads", "cases", "routes", "completions", "safety", "timing"});
+  json.only({"threads", "cases", "routes", "completions", "safety", "timing", "cores"});
   Job job;
   job.threads = json.integer("threads");
   if (job.threads < 1) throw refusal("job.json", "threads", "at least 1", std::to_string(job.threads));
@@ -44,6 +53,7 @@ Job Job::read(const std::filesystem::path& path) {
   for (const Fields& item : json.objects("completions")) job.completions.push_back(read_completion(item));
   if (const auto safety = json.maybe("safety")) job.safety = read_safety(*safety);
   if (const auto timing = json.maybe("timing")) job.timing = read_timing(*timing);
+  if (json.has("cores")) job.cores = json.integers("cores");
   return job;
 }
 

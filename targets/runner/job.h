@@ -35,6 +35,8 @@ struct Timing {
   std::string adapter, other;
   Tokens prompt;
   int64_t decode, rounds, swaps;
+  Tokens lengths; // the base reads so many tokens and decodes behind them, each length `repeats` times
+  int64_t repeats;
 };
 
 struct Job {
@@ -44,6 +46,7 @@ struct Job {
   std::vector<Completion> completions;
   std::optional<Safety> safety;
   std::optional<Timing> timing;
+  Tokens cores; // the processors on which alone it runs; none: where the system puts it
 
   static Job read(const std::filesystem::path& path);
 };

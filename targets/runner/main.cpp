@@ -1,4 +1,5 @@
-// calora_runner PACKAGE JOBDIR        runs a job
+// calora_runner PACKAGE JOBDIR            runs a job, its trace into the same directory
+// calora_runner PACKAGE JOBDIR --stream   the trace as a stream
 // calora_runner PACKAGE --prompt-ids 1,2,3 [--mix a=0.7,b=0.3] [--tokens 20] [--threads 2]      generates, prints ids
 #include "answer.h"
 #include "error.h"
@@ -13,7 +14,8 @@ namespace calora {
 namespace {
 
 constexpr const char* usage =
-    "usage: calora_runner PACKAGE JOBDIR | PACKAGE --prompt-ids 1,2,3 [--mix a=0.7,b=0.3] [--tokens N] [--threads N]";
+    "usage: calora_runner PACKAGE JOBDIR [--stream] | "
+    "PACKAGE --prompt-ids 1,2,3 [--mix a=0.7,b=0.3] [--tokens N] [--threads N]";
 
 struct Options {
   Tokens prompt;
@@ -88,8 +90,9 @@ void run(int count, char** arguments) {
   const std::string second = count > 2 ? arguments[2] : "";
   if (count < 3) throw Error(usage);
   if (second.rfind("--", 0) == 0) return generate(arguments[1], parse(count - 2, arguments + 2));
-  if (count != 3) throw Error(usage);
-  answer(arguments[1], second);
+  const bool stream = count == 4 && arguments[3] == std::string("--stream");
+  if (count != 3 && !stream) throw Error(usage);
+  answer(arguments[1], second, stream);
 }
 
 } // namespace

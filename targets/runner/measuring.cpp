@@ -1,6 +1,7 @@
 #include "measuring.h"
 
 #include "clock.h"
+#include "machine.h"
 
 #include <nlohmann/json.hpp>
 
@@ -25,9 +26,28 @@ void measure_speed(Session& session, const Timing& timing, const std::vector<std
     }
 }
 
+/// The base at each length. Its kernels are warm.
+Json trace_curve(Session& session, const Timing& timing) {
+  Json points = Json::array();
+  if (emulated()) return points; // times that mean nothing, and take long
+  for (const int64_t length : timing.lengths) {
+    Tokens ids;
+    for (int64_t i = 0; i < length; ++i) ids.push_back(timing.prompt[size_t(i) % timing.prompt.size()]);
+    Samples prefill, decode;
+    for (int64_t turn = 0; turn < timing.repeats; ++turn) {
+      session.select({});
+      timed(prefill, [&] { session.extend(ids); });
+      for (int64_t i = 0; i < timing.decode; ++i) timed(decode, [&] { session.extend(ids.data(), 1); });
+    }
+    points.push_back({{"length", length}, {"prefill", prefill}, {"decode", decode}});
+  }
+  return points;
+}
+
 } // namespace
 
 Json measure(Session& session, const Timing& timing, double load, const std::vector<Tokens>& routes) {
+  const Json before = conditions();
   std::vector<std::pair<std::string, Mix>> mixes{{"base", {}}};
   if (!timing.adapter.empty()) mixes.push_back({"adapter", {{timing.adapter, 1.0}}});
   if (!timing.other.empty()) mixes.push_back({"mix2", {{timing.adapter, 0.5}, {timing.other, 0.5}}});
@@ -48,8 +68,10 @@ Json measure(Session& session, const Timing& timing, double load, const std::vec
     session.route(routes[0]); // warms up
     for (int64_t i = 0; i < timing.swaps; ++i) timed(router, [&] { session.route(routes[0]); });
   }
-  return {{"load", load},       {"swap", swap},     {"first_token", first_token},
-          {"prefill", prefill}, {"decode", decode}, {"router", router}};
+  const Json curve = trace_curve(session, timing);
+  return {{"load", load},     {"swap", swap},     {"first_token", first_token},
+          {"prefill", prefill}, {"decode", decode}, {"router", router},
+          {"curve", curve},   {"before", before}, {"after", conditions()}};
 }
 
 } // namespace calora

@@ -116,6 +116,10 @@ class Scripted:
     def mix(self) -> Mix:
         return self.chosen
 
+    @property
+    def threads(self) -> int:
+        return 1
+
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
         self.chosen = dict(mix)
 

@@ -9,7 +9,7 @@ import pytest
 
 from calora_export import devices
 from calora_export import package as packages
-from calora_export.devices import _remote, ssh
+from calora_export.devices import _shell, ssh
 from calora_export.errors import DeviceError
 from calora_export.jobs import Job
 from tests.devices import sshd
@@ -109,7 +109,7 @@ def test_a_login_that_gives_no_shell(
 ) -> None:
     with sshd.started(host_keys, settings=f"ForceCommand {forced}") as server:
         monkeypatch.setenv(ssh.COMMAND, server.command)
-        monkeypatch.setattr(_remote.Shell.call, "__defaults__", (2.0 if "sleep" in forced else 60.0, None))
+        monkeypatch.setattr(_shell.Shell.call, "__defaults__", (2.0 if "sleep" in forced else 60.0, None))
         with pytest.raises(DeviceError) as caught:
             devices.run(f"ssh:{server.address}", packages.load(package), Job(threads=1))
     assert str(caught.value) == f"ssh:{server.address}: {expected}"
