@@ -24,12 +24,13 @@ from calora_export.errors import CaloraError
 from calora_export.version import VERSION
 
 if TYPE_CHECKING:
+    from calora_export.comparison import Comparison
     from calora_export.generation import Chat
     from calora_export.inspection import BundleView, CoremlView, PackageView
     from calora_export.neural_engine import Finding
     from calora_export.package import JointBasis
     from calora_export.pipeline import Progress
-    from calora_export.report import Latency, Report
+    from calora_export.report import BudgetRow, Latency, Report, Speed
     from calora_export.runtimes import Mix
 
 WRONG_INPUT, FAILED = 1, 3
@@ -50,6 +51,9 @@ Device = Annotated[
 ]
 Devices = Annotated[
     list[str], typer.Option("--device", help="Where to run, once or more: host, adb:SERIAL, ssh:HOST, browser …")
+]
+ProfileName = Annotated[
+    str, typer.Option("--profile", help="A device profile: its threads and cores, and its budgets to judge by.")
 ]
 PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
 
@@ -192,6 +196,7 @@ def validate(
     package: PackagePath,
     bundle: Annotated[Path, typer.Option("--bundle", help="The bundle it was made from.", show_default=False)],
     device: Devices = ["host"],  # noqa: B006  # typer makes a new one for each call
+    profile: ProfileName = "",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -200,12 +205,16 @@ def validate(
     with reporting(debug), progress() as say:
         from calora_export import pipeline
 
-        answers = pipeline.validate_each(package, bundle, where, say)
+        answers = pipeline.validate_each(package, bundle, where, say, profile)
+        for name, answer in answers.items():
+            if answer.fault is not None and answer.report is not None:
+                kept = pipeline.report_directory(package, name, where) / "report.html"
+                err.print(f"note: {name}: what was measured before is in {kept}, marked as incomplete", markup=False)
         only = next(iter(answers.values()))
-        if len(where) == 1 and isinstance(only, CaloraError):
-            raise only
-    reports = {name: made for name, made in answers.items() if not isinstance(made, CaloraError)}
-    faults = {name: " ".join(str(made).split()) for name, made in answers.items() if isinstance(made, CaloraError)}
+        if len(where) == 1 and only.fault is not None:
+            raise only.fault
+    reports = {name: made.report for name, made in answers.items() if made.report and made.fault is None}
+    faults = {name: " ".join(str(made.fault).split()) for name, made in answers.items() if made.fault is not None}
     if json and len(where) == 1:
         sys.stdout.write(reports[where[0]].to_json() + "\n")
     elif json:
@@ -222,20 +231,53 @@ def validate(
 
 
 @app.command()
-def bench(package: PackagePath, device: Device = "host", json: Json = False, debug: Debug = False) -> None:
-    """Measure latency and memory only."""
+def bench(
+    package: PackagePath,
+    device: Device = "host",
+    profile: ProfileName = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure latency and memory only. Exit code 3 if it is over a budget of --profile."""
     with reporting(debug), progress() as say:
-        from calora_export import latency, measuring
+        from calora_export import measuring
 
-        answer, job = measuring.bench(package, device, say)
-        made = latency.summarise(job, answer)
+        made = measuring.bench(package, device, say, profile)
     if json:
-        facts = {name: getattr(answer, name) for name in ("device", "arch", "emulated", "runtime")}
-        emit({"package": str(package), **facts, "latency": made})
-        return
-    show_latency(made)
-    if answer.emulated:
-        err.print("note: an emulated device; its times mean nothing and are not to be compared.")
+        emit(made)
+    else:
+        show_latency(made.latency, made.speed)
+        show_budget(made.budget)
+        if made.emulated:
+            err.print("note: an emulated device; its times mean nothing and are not to be compared.")
+    if any(row.passed is False for row in made.budget):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A report.json, or what bench --json said.", metavar="A")],
+    after: Annotated[Path, typer.Argument(help="The same of another run.", metavar="B")],
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, help="By how much latency and memory may grow: 0.1 is a tenth.")
+    ] = 0.1,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a page that shows both.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two reports: what B does worse than A. Exit code 3 if there is anything."""
+    with reporting(debug):
+        from calora_export import comparison
+
+        made = comparison.compare(before, after, tolerance)
+        if page is not None:
+            comparison.write_page(made, page)
+    if json:
+        emit(made)
+    else:
+        show_comparison(made)
+    if made.regressions:
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -252,7 +294,7 @@ def run(
 ) -> None:
     """Try a package on this machine: the router picks adapters for each prompt, the answer streams."""
     with reporting(debug):
-        from calora_export import generation, measuring, runtimes
+        from calora_export import generation, latency, runtimes
         from calora_export import package as packages
 
         opened = packages.load(package)
@@ -260,7 +302,7 @@ def run(
         if mix is None and opened.manifest.router is None:
             err.print("note: this package has no router; running the base. Name an adapter with --adapter.")
             mix = {}
-        session = runtimes.load(opened.manifest.target).open_session(opened, measuring.threads())
+        session = runtimes.load(opened.manifest.target).open_session(opened, latency.threads(None))
         chat = generation.Chat(opened, session)
         turns = [take_turn(chat, text, mix, task, limit, quiet=json) for text in prompt]
         if json:
@@ -521,12 +563,14 @@ def show_report(made: Report, directory: Path) -> None:
             costs = [(row.target or 0.0) - (row.source or 0.0) for row in made.tasks]
             out.print(f"what the recipe rounded costs {sum(costs) / len(costs):+.2f} points on average")
         out.print()
-    safety = {name: "yes" if getattr(made.safety, name) else "NO" for name in made.safety.__struct_fields__}
+    words = {True: "yes", False: "NO", None: "–"}
+    safety = {name: words[getattr(made.safety, name)] for name in made.safety.__struct_fields__}
     out.print("  ".join(f"{name} {value}" for name, value in safety.items()))
     if made.router is not None:
         equal = "all equal" if made.router.decisions_equal else "NOT equal"
         out.print(f"router: {made.router.cases} decisions {equal}, accuracy {number(made.router.accuracy)}")
-    show_latency(made.latency)
+    show_latency(made.latency, made.speed)
+    show_budget(made.budget)
     if made.sample is not None:
         out.print(f"{made.sample.checked} of {made.sample.of} adapters were compared, evenly spaced; no other was.")
     for problem in made.problems:
@@ -538,14 +582,54 @@ def show_report(made: Report, directory: Path) -> None:
     out.print(f"{verdict} {escape(made.package)} on {made.device.name}. Report: {page}")
 
 
-def show_latency(made: Latency) -> None:
+def show_latency(made: Latency, speed: Speed | None) -> None:
+    mapped = f", mapped files {number(speed.mapped_mb)} MB" if speed is not None and speed.mapped_mb else ""
     out.print(
         f"load {number(made.load_ms)} ms  swap p50 {number(made.swap_ms.p50)} ms  "
         f"prefill {number(made.prefill_tok_s)} tok/s  decode {number(made.decode_tok_s)} tok/s  "
         f"adapter tax {number(made.adapter_tax)}  mix of 2 {number(made.mix2_tax)}  "
-        f"router {number(made.router_ms)} ms  peak {number(made.peak_rss_mb)} MB  ({made.threads} threads)",
+        f"router {number(made.router_ms)} ms  peak {number(made.peak_rss_mb)} MB{mapped}  ({made.threads} threads)",
         highlight=False,
     )
+    if speed is not None and speed.lengths:
+        lengths = "  ".join(
+            f"{row.tokens}: {number(row.prefill_tok_s)}, then {number(row.decode_tok_s)}" for row in speed.lengths
+        )
+        out.print(f"tok/s by length, prefill, then decode  {lengths}", highlight=False)
+
+
+def show_budget(rows: Sequence[BudgetRow]) -> None:
+    words = {True: "ok", False: "OVER", None: "not judged"}
+    if rows:
+        out.print(
+            "budget "
+            + "  ".join(f"{row.name} {number(row.found)} of {row.limit:g} {words[row.passed]}" for row in rows),
+            highlight=False,
+        )
+
+
+def show_comparison(made: Comparison) -> None:
+    show_rows(
+        [
+            {
+                "": row.name,
+                "A": row.a if isinstance(row.a, str) else number(row.a),
+                "B": row.b if isinstance(row.b, str) else number(row.b),
+                "change": "–" if row.change is None else f"{100 * row.change:+.1f} %",
+                " ": "WORSE" if row.worse else "" if row.judged else "not judged",
+            }
+            for row in made.rows
+        ]
+    )
+    out.print()
+    for line in made.notes:
+        out.print(f"note: {line}", markup=False, highlight=False)
+    stated = "  ".join(f"{name} {value:g}" for name, value in made.tolerances.items())
+    out.print(f"tolerances: {stated}", highlight=False)
+    if made.regressions:
+        out.print(f"[red]WORSE[/red] in {len(made.regressions)}: {escape(', '.join(made.regressions))}")
+    else:
+        out.print("[green]NOT WORSE[/green]")
 
 
 def number(value: float | None) -> str:

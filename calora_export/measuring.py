@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from calora_export import devices, latency
+from calora_export import devices, latency, profiles
 from calora_export import package as packages
-from calora_export.jobs import Answer, Job
+from calora_export.jobs import Job
+from calora_export.report import Bench
 
 
-def bench(package_path: Path, device: str, progress: devices.Progress = devices.silent) -> tuple[Answer, Job]:
-    """Time a package on a device, with seeded noise for a prompt."""
+def bench(
+    package_path: Path, device: str, progress: devices.Progress = devices.silent, profile_name: str = ""
+) -> Bench:
+    """Time a package on a device, with seeded noise for a prompt, and judge it by the profile that is named."""
     package = packages.load(package_path)
+    profile = profiles.load(profile_name) if profile_name else None
     noise = np.random.default_rng(0).integers(0, package.manifest.model.vocab, latency.PROMPT)
-    timing = latency.timing(package, tuple(int(token) for token in noise))
-    routes = (tuple(range(8)),) if package.manifest.router else ()
-    job = Job(threads=threads(), timing=timing, routes=routes)
-    return devices.run(device, package, job, progress).answer, job
-
-
-def threads() -> int:
-    """The processors this process may use, at most four: more slows the decoding of small models."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(4, len(os.sched_getaffinity(0)))
-    return min(4, os.cpu_count() or 1)
+    job = Job(
+        threads=latency.threads(profile),
+        cores=profile.cores if profile else (),
+        timing=latency.timing(package, tuple(int(token) for token in noise)),
+        routes=(tuple(range(8)),) if package.manifest.router else (),
+    )
+    answer = devices.run(device, package, job, progress).answer
+    found = latency.summarise(job, answer)
+    return Bench(
+        package=str(package_path),
+        device=answer.device,
+        arch=answer.arch,
+        emulated=answer.emulated,
+        latency=found,
+        speed=latency.speed(answer),
+        profile=profile_name,
+        budget=latency.judge(profile, found, answer.emulated) if profile else (),
+    )

@@ -22,7 +22,14 @@ from calora_export import report as reports
 from calora_export.adapters import Opened
 from calora_export.bundle import Bundle
 from calora_export.encoding import AdapterSource, Encoder
-from calora_export.errors import CaloraError, FingerprintError, PackageError, UnsupportedError, mismatch
+from calora_export.errors import (
+    CaloraError,
+    DeviceError,
+    FingerprintError,
+    PackageError,
+    UnsupportedError,
+    mismatch,
+)
 from calora_export.manifest import check_id
 from calora_export.package import AdapterEntry, JointBasis, Manifest, ModelInfo, Package, RouterEntry, Slots
 from calora_export.recipe import Recipe
@@ -123,22 +130,38 @@ def _require_slots(adapter_path: Path, slots: Slots) -> None:
         raise PackageError(mismatch(adapter_path, unknown[0], "a site with a slot in this package", "none", hint))
 
 
-def validate(package_path: Path, bundle_path: Path, device: str = "host", progress: Progress = silent) -> Report:
-    """Compare a package on a device with its bundle in torch, and write PACKAGE/report; bad input is refused first."""
-    (made,) = validate_each(package_path, bundle_path, (device,), progress).values()
-    if isinstance(made, CaloraError):
-        raise made
-    return made
+@dataclass(frozen=True)
+class Validated:
+    """report: as it was written, incomplete where something broke; None: there was nothing to write. fault: what broke
+    on this device."""
+
+    report: Report | None
+    fault: CaloraError | None = None
+
+
+def validate(
+    package_path: Path, bundle_path: Path, device: str = "host", progress: Progress = silent, profile: str = ""
+) -> Report:
+    """Compare a package on a device with its bundle in torch, and write PACKAGE/report; bad input is refused first.
+
+    What breaks on the device is raised; what was measured until then is in the report all the same.
+    """
+    (made,) = validate_each(package_path, bundle_path, (device,), progress, profile).values()
+    if made.fault is not None or made.report is None:
+        raise made.fault or DeviceError(f"{device}: it measured nothing")
+    return made.report
 
 
 def validate_each(
-    package_path: Path, bundle_path: Path, where: Sequence[str], progress: Progress = silent
-) -> dict[str, Report | CaloraError]:
-    """The same on several devices at once, each with its own PACKAGE/report/<device>; what went wrong with one is in
-    its place, and the others' reports are kept."""
+    package_path: Path, bundle_path: Path, where: Sequence[str], progress: Progress = silent, profile: str = ""
+) -> dict[str, Validated]:
+    """The same on several devices at once, each with its own PACKAGE/report/<device>; what goes wrong with one does not
+    disturb the others. profile: a device profile that says how to run there, and what is fast enough."""
     package = packages.load(package_path)
     for device in where:
         devices.require(device)
+    if profile:
+        profiles.load(profile)
     bundle = bundles.load(bundle_path, deep=True)
     expected, found = package.manifest.base_fingerprint, bundle.manifest.base.fingerprint
     if expected != found:
@@ -146,11 +169,11 @@ def validate_each(
         raise FingerprintError(mismatch(bundle_path, "base.fingerprint", expected, found, hint))
     from calora_export import validation  # torch and transformers take seconds to import
 
-    answers: dict[str, Report | CaloraError] = {}
-    for device, made in validation.validate(package, bundle, where, progress).items():
-        if not isinstance(made, CaloraError):
-            reports.write(made[0], report_directory(package_path, device, where), made[1])
-        answers[device] = made if isinstance(made, CaloraError) else made[0]
+    answers: dict[str, Validated] = {}
+    for device, made in validation.validate(package, bundle, where, progress, profile).items():
+        if made.report is not None:
+            reports.write(made.report[0], report_directory(package_path, device, where), made.report[1])
+        answers[device] = Validated(made.report[0] if made.report else None, made.fault)
     return answers
 
 

@@ -20,11 +20,27 @@ Version = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)*$")]
 Megabytes = Annotated[int, Meta(ge=1)]
 
 
+Limit = Annotated[float, Meta(gt=0)]
+
+
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What users are meant to wait for at most, in ms, and the rates they are meant to see at least, in tokens per
+    second: the names of a report's `latency`. swap_ms is its p90."""
+
+    load_ms: Limit | None = None
+    swap_ms: Limit | None = None
+    first_token_after_swap_ms: Limit | None = None
+    router_ms: Limit | None = None
+    prefill_tok_s: Limit | None = None
+    decode_tok_s: Limit | None = None
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One device. targets are those that run there; sources: field → where its value was published.
 
     memory_mb is what an app may use, ram_mb what is built in, both in 2^20 bytes. os_floor is the oldest version of the
-    OS that the app supports there. compute_units is what Core ML may use, as MLComputeUnits names them.
+    OS that the app supports there. compute_units is what Core ML may use, as MLComputeUnits names them. threads and
+    cores are what a runner uses there: how many, and on which processors alone.
     """
 
     kind: str
@@ -36,6 +52,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     os: System | None = None
     os_floor: Version | None = None
     compute_units: ComputeUnits | None = None
+    threads: Annotated[int, Meta(ge=1)] | None = None
+    cores: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    budget: Budget = Budget()
     sources: Mapping[str, str] = {}
 
     @property

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from calora_export.errors import PackageError
+from calora_export.jobs import Conditions
 
 DeviceKind = Literal["host", "adb", "ssh", "browser", "apple", "reference"]
 
@@ -69,11 +70,11 @@ class ParityRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Safety(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What must hold whatever the numbers are."""
+    """What must hold whatever the numbers are. None: an incomplete report did not come to it."""
 
-    aba_bit_identical: bool
-    kv_isolated: bool
-    wrong_base_refused: bool
+    aba_bit_identical: bool | None
+    kv_isolated: bool | None
+    wrong_base_refused: bool | None
 
 
 class RouterRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,6 +136,55 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     samples: int
 
 
+class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Percentiles of a time in ms. None: not measured, and p99 of fewer than 100 samples."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    samples: int
+
+
+class LengthRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Reading so many tokens at once, and decoding behind them: the base alone."""
+
+    tokens: int
+    prefill_ms: Spread
+    prefill_tok_s: float | None
+    decode_ms: Spread
+    decode_tok_s: float | None
+
+
+class Speed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is behind `latency`.
+
+    decode_ms: `base`, `adapter`, `mix2`, where they were measured. lengths: one row per length, none from an emulated
+    device. cores: the processors on which it might run. mapped_mb: files in its memory at the end, of 10^6 bytes.
+    before, after: the device's temperatures and clocks around the measurement. None: the device does not say.
+    """
+
+    prefill_ms: Spread
+    decode_ms: dict[str, Spread]
+    swap_ms: Spread
+    first_token_after_swap_ms: Spread
+    router_ms: Spread
+    lengths: tuple[LengthRow, ...]
+    cores: tuple[int, ...] | None
+    mapped_mb: float | None
+    before: Conditions | None
+    after: Conditions | None
+
+
+class BudgetRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A budget of a device's profile: what `latency` holds by this name, or its p90, is at most `limit`, a rate at
+    least. `passed` is None where nothing was measured, or on an emulated device."""
+
+    name: str
+    limit: float
+    found: float | None
+    passed: bool | None
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One validation of one package on one device.
 
@@ -142,6 +192,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `problems` holds one line per failure. `tolerances` is what was judged against, by name: a metric
     (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
     bound the effect. `runtime` is what ran it, in words. `sample`: how many adapters were compared, if not all.
+    `complete` is false when the device went away before the end; what was measured until then is here, and nothing
+    passed. `profile` is the device profile whose `budget` was judged.
 
     Raises:
         ValueError: the verdict contradicts a part or `problems`, or nothing was compared.
@@ -160,12 +212,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     versions: dict[str, str] = {}
     recipe: str = ""
     tolerances: dict[str, float] = {}
-    activations: dict[str, float | None] = {}
+    activations: Mapping[str, float | None] = {}
     runtime: str = ""
     sample: Sample | None = None
+    complete: bool = True
+    profile: str = ""
+    budget: tuple[BudgetRow, ...] = ()
+    speed: Speed | None = None
 
     def __post_init__(self) -> None:
         failed = failed_parts(self)
+        if self.passed and not self.complete:
+            raise ValueError("the report can not have passed: it is not complete")
         if self.passed and not self.parity:
             raise ValueError("the report can not have passed: nothing was compared")
         if self.passed and (failed or self.problems):
@@ -176,6 +234,19 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def to_json(self) -> str:
         """The document of `validate --json`: keys in the schema's order, indented, no newline at the end."""
         return msgspec.json.format(msgspec.json.encode(self, order="deterministic"), indent=2).decode()
+
+
+class Bench(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The document of `bench --json`: one package's latency on one device."""
+
+    package: str
+    device: str
+    arch: str
+    emulated: bool
+    latency: Latency
+    speed: Speed | None = None
+    profile: str = ""
+    budget: tuple[BudgetRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,7 +275,8 @@ def failed_parts(report: Report) -> tuple[str, ...]:
     safety = [name for name in report.safety.__struct_fields__ if not getattr(report.safety, name)]
     router = ["decisions_equal"] if report.router is not None and not report.router.decisions_equal else []
     tasks = [f"task of {row.adapter}" for row in report.tasks if not row.passed]
-    return (*parity, *safety, *router, *tasks)
+    budget = [f"budget of {row.name}" for row in report.budget if row.passed is False]
+    return (*parity, *safety, *router, *tasks, *budget)
 
 
 def read(path: str | Path) -> Report:
@@ -233,16 +305,21 @@ def write(report: Report, directory: str | Path, series: Series | None = None) -
 
     page = render(report, series or Series())
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / "report.html", page)
-        _replace(directory / "report.json", report.to_json() + "\n")
-    except OSError as error:
-        raise PackageError(f"{directory}: the report can not be written: {error.strerror}") from error
+    write_text(directory / "report.html", page)
+    write_text(directory / "report.json", report.to_json() + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """A file that appears whole or not at all, with its directory; PackageError when it can not be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(temporary, path, text)
+    except OSError as error:
+        raise PackageError(f"{path.parent}: the report can not be written: {error.strerror}") from error
+
+
+def _replace(temporary: Path, path: Path, text: str) -> None:
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)

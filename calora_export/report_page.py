@@ -10,54 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 import jinja2
 import msgspec
 
-from calora_export.report import ParityRow, Report, Series, is_finite
+from calora_export import speed_page
+from calora_export.axes import Axis, power_of_ten, round_up
+from calora_export.report import ParityRow, Report, Series, Speed, Spread, is_finite
 
 MAX_POINTS = 240  # a curve is at most some 700 px wide: more points cost bytes and show nothing
 BINS = 40
 MINUS = "\N{MINUS SIGN}"
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark on an axis: position in percent, text, and the text's SVG anchor."""
-
-    at: float
-    label: str
-    anchor: str
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear axis, or a logarithmic one, whose `low` and `high` are then powers of ten."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Position of a value in percent, clamped to the axis: a logarithmic zero is at the low end."""
-        if self.log:
-            share = math.log10(max(value, self.low) / self.low) / math.log10(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return round(100 * min(max(share, 0.0), 1.0), 2)
-
-    @property
-    def ticks(self) -> tuple[Tick, ...]:
-        """At most five marks, at round values."""
-        if self.log:
-            first, last = round(math.log10(self.low)), round(math.log10(self.high))
-            powers = range(first, last + 1, math.ceil((last - first) / 4))
-            return tuple(_tick(self.at(10.0**power), power_of_ten(power)) for power in powers)
-        step = _round_up((self.high - self.low) / 4)
-        values = [self.low + i * step for i in range(math.floor((self.high - self.low) / step + 1e-9) + 1)]
-        return tuple(_tick(self.at(value), f"{value:.3g}") for value in values)
 
 
 @dataclass(frozen=True)
@@ -103,20 +66,46 @@ def render(report: Report, series: Series) -> str:
         time_axis(series.decode_ms),
         time_axis({"": series.swap_ms}),
     )
-    template = _environment().from_string((files("calora_export") / "templates/report.html.j2").read_text("utf-8"))
-    return template.render(
-        report=report,
-        cases=rows_by_case(report),
-        limits=lambda rows, metrics: limits(report, rows, metrics),
-        error_axis=error,
-        effect_axis=effect_axis(report),
-        curve_plots=curve_plots(series, error),
-        score_axis=score_axis(report),
-        decode_axis=decode,
-        decode_histograms=[histogram(name, times, decode) for name, times in series.decode_ms.items() if times],
-        swap_axis=swap,
-        swap_histograms=[histogram("swap", series.swap_ms, swap)] if series.swap_ms else [],
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            cases=rows_by_case(report),
+            limits=lambda rows, metrics: limits(report, rows, metrics),
+            error_axis=error,
+            effect_axis=effect_axis(report),
+            curve_plots=curve_plots(series, error),
+            score_axis=score_axis(report),
+            decode_axis=decode,
+            decode_histograms=[histogram(name, times, decode) for name, times in series.decode_ms.items() if times],
+            swap_axis=swap,
+            swap_histograms=[histogram("swap", series.swap_ms, swap)] if series.swap_ms else [],
+            speed_plots=speed_page.plots({"p50": report.speed}) if report.speed else (),
+            spreads=spreads,
+            conditions=conditions,
+        )
     )
+
+
+def spreads(speed: Speed) -> dict[str, Spread]:
+    """Every time that was measured, by what it is."""
+    decode = {f"decode, {name}": spread for name, spread in speed.decode_ms.items()}
+    others = {"swap": speed.swap_ms, "first token after a swap": speed.first_token_after_swap_ms}
+    return {"prefill": speed.prefill_ms} | decode | others | {"router": speed.router_ms}
+
+
+def conditions(speed: Speed | None) -> list[tuple[str, float, float, str]]:
+    """(what, before, after, unit) of every temperature and clock that the device told."""
+    if speed is None or speed.before is None or speed.after is None:
+        return []
+    pairs = (
+        (speed.before.temperature_c, speed.after.temperature_c, "°C"),
+        (speed.before.clock_mhz, speed.after.clock_mhz, "MHz"),
+    )
+    return [
+        (name, was[name], now[name], unit) for was, now, unit in pairs if was and now for name in was if name in now
+    ]
 
 
 def number(value: float | None) -> str:
@@ -130,11 +119,6 @@ def number(value: float | None) -> str:
     if not -3 <= int(power) < 6:
         return f"{sign}{mantissa}×{power_of_ten(int(power))}"
     return f"{sign}{float(f'{abs(value):.3g}'):,.{max(2 - int(power), 0)}f}"
-
-
-def power_of_ten(power: int) -> str:
-    """`10⁻³`, and `1` for the zeroth."""
-    return f"10{str(power).translate(SUPERSCRIPT)}" if power else "1"
 
 
 def share(value: float | None) -> str:
@@ -214,7 +198,7 @@ def time_axis(samples: Mapping[str, Sequence[float]]) -> Axis:
     measured = [times for times in samples.values() if times]
     low = min((min(times) for times in measured), default=0.0)
     high = max((min(max(times), 1.5 * percentile(times, 90)) for times in measured), default=1.0)
-    step = _round_up(max(high - low, 0.05 * high, 1e-6) / 4)
+    step = round_up(max(high - low, 0.05 * high, 1e-6) / 4)
     return Axis(math.floor(low / step) * step, (math.floor(high / step) + 1) * step)
 
 
@@ -267,9 +251,14 @@ def curve(against: str, errors: Sequence[float], axis: Axis) -> Curve:
     return Curve(against, path, tuple(broken))
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+def environment() -> jinja2.Environment:
+    """The templates of this package, with the filters of its pages."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("calora_export"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     filters = {
         "number": number,
@@ -278,15 +267,5 @@ def _environment() -> jinja2.Environment:
         "factor": factor,
         "decibel": decibel,
     }
-    environment.filters.update(filters, name=package_name)
-    return environment
-
-
-def _tick(at: float, label: str) -> Tick:
-    return Tick(at, label, "start" if at < 8 else "end" if at > 92 else "middle")
-
-
-def _round_up(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(round_step * power for round_step in (1, 2, 5, 10) if round_step * power >= step * (1 - 1e-9))
+    made.filters.update(filters, name=package_name)
+    return made

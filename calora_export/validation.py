@@ -22,9 +22,9 @@ from calora_export import (
     golden,
     joint_basis,
     latency,
-    measuring,
     model,
     parity,
+    profiles,
     report,
     routers,
     runtimes,
@@ -32,9 +32,10 @@ from calora_export import (
 from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle
 from calora_export.errors import CaloraError
-from calora_export.jobs import Answer, Case, Completion, Job, Safety, Trace
+from calora_export.jobs import Answer, Case, Completion, InterruptedRun, Job, Safety, Trace
 from calora_export.model import Rows, SlotModel
 from calora_export.package import Package
+from calora_export.profiles import Profile
 from calora_export.recipe import Parity, Tolerance
 from calora_export.report import DeviceInfo, ParityRow, Report, RouterRow, Sample, Series, TaskRow
 from calora_export.router_text import RouterText
@@ -75,26 +76,54 @@ class Reference:
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """report: of all that was measured, incomplete where something broke; None: nothing was. fault: what broke."""
+
+    report: tuple[Report, Series] | None
+    fault: CaloraError | None = None
+
+
 def validate(
-    package: Package, bundle: Bundle, where: Sequence[str], progress: Callable[[str], None]
-) -> dict[str, tuple[Report, Series] | CaloraError]:
-    """Parity, safety, router, tasks and latency of a package on each device, or what went wrong with it. Nothing is
-    written."""
+    package: Package, bundle: Bundle, where: Sequence[str], progress: Callable[[str], None], profile: str = ""
+) -> dict[str, Outcome]:
+    """Parity, safety, router, tasks and latency of a package on each device, judged by a profile if one is named.
+    Nothing is written."""
+    known = profiles.load(profile) if profile else None
     progress("checking files")
     altered = package.altered()
     progress("building the references")
     reference = _reference(package, bundle)
     with tempfile.TemporaryDirectory(prefix="calora-validate-") as scratch:
-        job = _job(package, bundle, reference, Path(scratch))
+        job = _job(package, bundle, reference, Path(scratch), known)
         progress(f"running on {', '.join(where)}")
         traces = devices.run_each(where, package, job, progress)
     progress("comparing")
-    return {
-        device: trace
-        if isinstance(trace, CaloraError)
-        else _report(package, bundle, _as_on(trace.answer, reference, package, bundle), job, trace, device, altered)
-        for device, trace in traces.items()
-    }
+    made: dict[str, Outcome] = {}
+    for device, trace in traces.items():
+        fault = trace if isinstance(trace, CaloraError) else None
+        whole = trace.begun if isinstance(trace, InterruptedRun) else None if isinstance(trace, CaloraError) else trace
+        if whole is None:
+            made[device] = Outcome(None, fault)
+            continue
+        as_there = _as_on(whole.answer, reference, package, bundle)
+        problems = [f"file: {line}" for line in altered] + ([" ".join(str(fault).split())] if fault else [])
+        given = _Given(package, bundle, as_there, job, whole, device, complete=fault is None)
+        made[device] = Outcome(_report(given, problems, known, profile), fault)
+    return made
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a device was asked, what it answered, and what it should have."""
+
+    package: Package
+    bundle: Bundle
+    reference: Reference
+    job: Job
+    trace: Trace
+    device: str
+    complete: bool
 
 
 def _reference(package: Package, bundle: Bundle) -> Reference:
@@ -138,7 +167,7 @@ def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundl
 # ── what the device is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) -> Job:
+def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path, profile: Profile | None) -> Job:
     ids = golden.stream(bundle, min(PREFILL + DECODE, package.manifest.model.context))
     prefill = len(ids) - DECODE
     shipped = list(reference.adapters)
@@ -164,7 +193,8 @@ def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path) 
     asked = RouterText(entry.spec, package.path / entry.tokenizer) if entry and reference.router else None
     timing_prompt = golden.stream(bundle, latency.PROMPT)
     return Job(
-        threads=measuring.threads(),
+        threads=latency.threads(profile),
+        cores=profile.cores if profile else (),
         cases=(*(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()), *cases),
         routes=tuple(tuple(asked.ids(text)) for text in texts) if asked else (),
         completions=tuple(_completions(bundle, reference)),
@@ -286,18 +316,10 @@ def _gates(router: routers.Router, ids: Sequence[int]) -> np.ndarray:
 # ── what it answered ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _report(
-    package: Package,
-    bundle: Bundle,
-    reference: Reference,
-    job: Job,
-    trace: Trace,
-    device: str,
-    altered: list[str],
-) -> tuple[Report, Series]:
+def _report(given: _Given, problems: list[str], profile: Profile | None, profile_name: str) -> tuple[Report, Series]:
+    package, reference, trace = given.package, given.reference, given.trace
     settings, limits, answer = package.manifest.settings.parity, _limits(package), trace.answer
-    parity_rows, errors = _parity(package, reference, job, trace)
-    problems = [f"file: {line}" for line in altered]
+    parity_rows, errors = _parity(package, reference, given.job, trace)
     for row in parity_rows:
         numbers = {
             name: getattr(row, name) for name in row.__struct_fields__ if name not in ("case", "against", "passed")
@@ -305,9 +327,9 @@ def _report(
         problems += [
             f"{row.case} against {row.against}: {line}" for line in parity.failures(numbers, limits[row.against])
         ]
-    safety, lines = _judge_safety(answer)
+    safety, lines = _judge_safety(given)
     problems += lines
-    router = _judge_router(package, bundle, reference, trace)
+    router = _judge_router(package, given.bundle, reference, trace) if answer.gates or given.complete else None
     if router is not None and not router.decisions_equal:
         problems.append("router: the device chose other adapters than the reference")
     if router is not None and not (router.gates_max_abs or 0.0) <= settings.gates_max_abs:
@@ -319,14 +341,20 @@ def _report(
         if not peak <= FLOAT16_MAX
     ]
     ends, quantised = set(package.manifest.model.eos), package.manifest.quantised
-    tasks = _judge_tasks(bundle, reference, answer, ends, settings.task_points, quantised=quantised)
+    tasks: tuple[TaskRow, ...] = ()
+    if answer.completions or given.complete:
+        tasks = _judge_tasks(given.bundle, reference, answer, ends, settings.task_points, quantised=quantised)
     problems += [
         f"task {row.adapter}: {row.metric} {row.device} on the device, {row.reference} in the reference"
         for row in tasks
         if not row.passed
     ]
-    kind, _, _ = device.partition(":")
-    shipped = sum(entry.id in {spec.id for spec in bundle.manifest.adapters} for entry in package.manifest.adapters)
+    found = latency.summarise(given.job, answer)
+    budget = latency.judge(profile, found, answer.emulated) if profile else ()
+    problems += latency.over(budget, profile_name)
+    kind, _, _ = given.device.partition(":")
+    known = {spec.id for spec in given.bundle.manifest.adapters}
+    shipped = sum(entry.id in known for entry in package.manifest.adapters)
     made = Report(
         sample=None if shipped == len(reference.adapters) else Sample(checked=len(reference.adapters), of=shipped),
         package=package.manifest.name,
@@ -343,13 +371,17 @@ def _report(
         safety=safety,
         router=router,
         tasks=tasks,
-        latency=latency.summarise(job, answer),
+        latency=found,
         problems=tuple(problems),
         versions=package.manifest.versions,
         recipe=package.manifest.recipe,
         tolerances=_tolerances(limits, settings),
         activations=activations,
         runtime=answer.runtime,
+        complete=given.complete,
+        profile=profile_name,
+        budget=budget,
+        speed=latency.speed(answer),
     )
     timing = answer.timing
     series = Series(
@@ -390,6 +422,8 @@ def _parity(
     for against, torch_model in reference.models().items():
         base: np.ndarray | None = None
         for case in job.cases:
+            if case.name not in trace.logits:  # something broke before
+                continue
             expected = golden.reference_logits(torch_model, reference.mix(case.mix, against), case.ids, case.prefill)
             found = trace.logits[case.name]
             base = expected if base is None else base
@@ -400,11 +434,12 @@ def _parity(
     return tuple(made), errors
 
 
-def _judge_safety(answer: Answer) -> tuple[report.Safety, list[str]]:
+def _judge_safety(given: _Given) -> tuple[report.Safety, list[str]]:
     """A package without adapters has nothing to swap and passes."""
-    seen = answer.safety
+    seen = given.trace.answer.safety
     if seen is None:
-        return report.Safety(aba_bit_identical=True, kv_isolated=True, wrong_base_refused=True), []
+        passed = True if given.complete else None
+        return report.Safety(aba_bit_identical=passed, kv_isolated=passed, wrong_base_refused=passed), []
     problems = []
     if not seen.aba:
         problems.append("safety: the first adapter's logits changed after a swap to another and back")

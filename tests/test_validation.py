@@ -18,17 +18,17 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from calora_export import bundle as bundles
-from calora_export import cli, devices, measuring, pipeline, runtimes, validation
+from calora_export import cli, devices, latency, pipeline, runtimes, validation
 from calora_export import package as packages
 from calora_export.compression import Activations
 from calora_export.devices import host
-from calora_export.errors import CaloraError, DeviceError, FingerprintError
+from calora_export.errors import DeviceError, FingerprintError
 from calora_export.jobs import Job, Trace
 from calora_export.package import Package
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
 from tests.bundles import copy_bundle, edit_json, tiny_bundle
-from tests.packages import copy_package, refresh
+from tests.packages import copy_package, refresh, validated
 from tests.tampering import Arrays, adapter_file, edit_adapter, edit_router, edit_weight
 
 ALPHA = {"adapter:alpha", "mix:alpha+beta", "route:alpha+beta", "sentence:1:alpha+beta"}
@@ -39,21 +39,13 @@ SAFE = {"aba_bit_identical": True, "kv_isolated": True, "wrong_base_refused": Tr
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's own code, without a process of its own for each test, on one thread."""
-    monkeypatch.setattr(measuring, "threads", lambda: 1)
+    monkeypatch.setattr(latency, "threads", lambda profile: 1)
     monkeypatch.setattr(devices, "run", lambda device, package, job, progress: host.answer(package, job))
 
 
 @pytest.fixture
 def copy(package: Path, tmp_path: Path) -> Path:
     return copy_package(package, tmp_path / "package")
-
-
-def validated(package: Path, bundle: Path) -> Report:
-    """As pipeline.validate does it, without writing the report's page each time."""
-    made = validation.validate(packages.load(package), bundles.load(bundle), ("host",), pipeline.silent)["host"]
-    if isinstance(made, CaloraError):
-        raise made
-    return made[0]
 
 
 def red(report: Report, against: str) -> set[str]:
@@ -386,8 +378,8 @@ def test_the_reference_rounds_as_the_device_does(package: Path, tiny: Path, monk
         trace = functools.partial(rounded, rounding)
         monkeypatch.setattr(devices, "run", lambda device, package, job, progress, trace=trace: trace(package, job))
         made = validation.validate(opened, bundle, ("host",), pipeline.silent)["host"]
-        assert not isinstance(made, CaloraError)
-        found[rounding] = [row.sqnr_db for row in made[0].parity if row.against == "target"]
+        assert made.report is not None
+        found[rounding] = [row.sqnr_db for row in made.report[0].parity if row.against == "target"]
     assert found[None] == found["int8_block"]
     assert min(found[None]) > max(*found["float"], *found["int8_token"]), "this processor rounds per block"
     assert found["float"] != found["int8_token"]

@@ -211,8 +211,10 @@ def _wait_for_keeper(shell: Shell, keeper: subprocess.Popen[bytes], err: IO[byte
     assert keeper.stdout is not None
     timer = threading.Timer(QUICK_S, keeper.kill)
     timer.start()
-    line = keeper.stdout.readline().decode(errors="replace").strip()
-    timer.cancel()
+    try:
+        line = keeper.stdout.readline().decode(errors="replace").strip()
+    finally:
+        timer.cancel()
     word, _, rest = line.partition(":")
     if word == "held":
         return rest
@@ -282,8 +284,9 @@ def _push(shell: Shell, files: Mapping[str, Path], progress: Progress) -> None:
     def feed(pipe: IO[bytes]) -> None:
         with (
             GzipFile(fileobj=pipe, mode="wb", compresslevel=1) as zipped,
-            tarfile.open(fileobj=zipped, mode="w|", copybufsize=STEP) as archive,
+            tarfile.open(fileobj=zipped, mode="w|") as archive,
         ):
+            archive.copybufsize = STEP
             for name, path in files.items():
                 entry = tarfile.TarInfo(name)
                 entry.size, entry.mode = path.stat().st_size, 0o755
@@ -305,6 +308,6 @@ class _Told:
     file: IO[bytes]
     tell: Callable[[int], None]
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         self.tell(size)
         return self.file.read(size)

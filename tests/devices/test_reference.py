@@ -11,16 +11,15 @@ from safetensors.numpy import load_file
 
 pytest.importorskip("coremltools", reason="the coreml extra is not installed")
 
-from calora_export import bundle as bundles
-from calora_export import devices, measuring, mlpackage, pipeline, validation
+from calora_export import devices, latency, mlpackage
 from calora_export import package as packages
 from calora_export.devices import reference
-from calora_export.errors import CaloraError, DeviceError, PackageError
+from calora_export.errors import DeviceError, PackageError
 from calora_export.jobs import Case, Job
 from calora_export.report import Report
 from tests.conftest import Export
 from tests.mlpackage_file import MlpackageFile
-from tests.packages import copy_package, refresh
+from tests.packages import copy_package, refresh, validated
 
 INT4 = "coreml-int4"
 ROWS = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+beta", "sentence:1:alpha+beta"}
@@ -29,22 +28,13 @@ ROWS = {"base", "adapter:alpha", "adapter:beta", "mix:alpha+beta", "route:alpha+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's own code, without a process of its own for each test."""
-    monkeypatch.setattr(measuring, "threads", lambda: 2)
+    monkeypatch.setattr(latency, "threads", lambda profile: 2)
     monkeypatch.setattr(devices, "run", lambda device, package, job, progress: reference.answer(package, job))
 
 
 @pytest.fixture
 def copy(exported: Export, tmp_path: Path) -> Path:
     return copy_package(exported(INT4), tmp_path / "package")
-
-
-def validated(package: Path, bundle: Path) -> Report:
-    made = validation.validate(packages.load(package), bundles.load(bundle), ("reference",), pipeline.silent)[
-        "reference"
-    ]
-    if isinstance(made, CaloraError):
-        raise made
-    return made[0]
 
 
 def red(report: Report) -> set[str]:
@@ -70,7 +60,7 @@ def scale_of(package: Path, name: str) -> tuple[Path, int]:
 
 @pytest.mark.usefixtures("in_process")
 def test_a_saved_package_passes_with_every_check(copy: Path, tiny: Path) -> None:
-    report = validated(copy, tiny)
+    report = validated(copy, tiny, "reference")
     assert report.passed, report.problems
     assert {row.case for row in report.parity} == ROWS
     assert {row.against for row in report.parity} == {"source"}  # the bundle's own weights, nothing re-represented
@@ -83,7 +73,7 @@ def test_a_saved_package_passes_with_every_check(copy: Path, tiny: Path) -> None
 
 @pytest.mark.usefixtures("in_process")
 def test_a_multifunction_package_passes_without_mixes(exported: Export, tiny: Path) -> None:
-    report = validated(exported("coreml-multifunction"), tiny)
+    report = validated(exported("coreml-multifunction"), tiny, "reference")
     assert report.passed, report.problems
     cases = {row.case for row in report.parity}
     assert {"base", "adapter:alpha", "adapter:beta"} < cases
@@ -96,13 +86,13 @@ def test_one_flipped_byte_of_the_weights_is_named(copy: Path, tiny: Path) -> Non
     data = bytearray(file.read_bytes())
     data[offset + 1] ^= 0x40  # the exponent of one scale, in little endian
     file.write_bytes(data)
-    report = validated(copy, tiny)
+    report = validated(copy, tiny, "reference")
     assert any(
         line.startswith("file: model.mlpackage/Data/com.apple.CoreML/weights/weight.bin") for line in report.problems
     )
     assert red(report) == ROWS
     refresh(copy)
-    assert red(validated(copy, tiny)) == ROWS  # found by its numbers alone, too
+    assert red(validated(copy, tiny, "reference")) == ROWS  # found by its numbers alone, too
 
 
 @pytest.mark.usefixtures("in_process")
@@ -112,7 +102,7 @@ def test_exchanged_adapters_are_red_and_the_base_is_not(copy: Path, tiny: Path) 
     alpha.write_bytes(second)
     beta.write_bytes(first)
     refresh(copy)
-    assert red(validated(copy, tiny)) == ROWS - {"base"}
+    assert red(validated(copy, tiny, "reference")) == ROWS - {"base"}
 
 
 @pytest.mark.usefixtures("in_process")
@@ -128,7 +118,7 @@ def test_a_renamed_input_is_named(copy: Path, tiny: Path) -> None:
 
     edit_spec(copy, rename)
     with pytest.raises(PackageError, match="adapt[eo]r"):
-        validated(copy, tiny)
+        validated(copy, tiny, "reference")
 
 
 @pytest.mark.usefixtures("in_process")
@@ -140,7 +130,7 @@ def test_two_values_of_one_name_are_refused_as_core_ml_does(copy: Path, tiny: Pa
 
     edit_spec(copy, rename)
     with pytest.raises(PackageError, match="output: expected a name of its own, found model_layers_0.* again"):
-        validated(copy, tiny)
+        validated(copy, tiny, "reference")
 
 
 @pytest.mark.usefixtures("in_process")
@@ -154,7 +144,7 @@ def test_what_float16_can_not_hold_is_a_problem_of_its_layer(copy: Path, tiny: P
     data[position : position + rows.nbytes] = np.full_like(rows, 300).tobytes()
     file.write_bytes(data)
     refresh(copy)
-    report = validated(copy, tiny)
+    report = validated(copy, tiny, "reference")
     assert not report.passed
     lines = [line for line in report.problems if line.startswith("activations: layer ")]
     assert lines and lines[0].startswith("activations: layer 0 reaches") and lines[0].endswith("float16 ends at 65504")

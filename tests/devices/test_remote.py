@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calora_export import devices, latency, measuring, native, pipeline, validation
+from calora_export import devices, latency, native, pipeline, validation
 from calora_export import package as packages
 from calora_export import report as reports
 from calora_export.adapters import Adapter
@@ -26,7 +26,6 @@ from calora_export.devices import _remote, _shell, host
 from calora_export.errors import DeviceError
 from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
 from calora_export.package import Package
-from calora_export.report import Report
 from calora_export.runtimes import onnx
 from tests.conftest import Export
 from tests.devices import sshd
@@ -47,7 +46,9 @@ def opened(package: Path) -> Package:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_remote, "LINGER_S", 1)
-    monkeypatch.setattr(measuring, "threads", lambda: 1)  # under emulation, threads that wait for each other take ages
+    monkeypatch.setattr(
+        latency, "threads", lambda profile: 1
+    )  # several wait for ages under emulation
 
 
 def fault(bed: Bed, package: Package, step: str, job: Job = SMALL) -> str:
@@ -192,12 +193,13 @@ def test_several_devices_at_once(tiny: Path, package: Path, ssh_bed: SshBed, tmp
     assert list(answers) == ["host", ssh_bed.device, gone]
     found = {}
     for device in ("host", ssh_bed.device):
-        report = answers[device]
-        assert isinstance(report, Report) and report.passed
+        report = answers[device].report
+        assert report is not None and report.passed
         found[device] = reports.read(pipeline.report_directory(copy, device, list(answers)) / "report.json")
         assert found[device] == report
     assert [made.device.kind for made in found.values()] == ["host", "ssh"]
-    assert isinstance(answers[gone], DeviceError) and gone in str(answers[gone])
+    assert isinstance(answers[gone].fault, DeviceError) and gone in str(answers[gone].fault)
+    assert answers[gone].report is None, "it measured nothing"
 
 
 # ── it breaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────

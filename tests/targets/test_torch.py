@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from calora_export import devices, measuring, pipeline, resources
+from calora_export import devices, latency, pipeline, resources
 from calora_export import package as packages
 from calora_export.devices import host
 from calora_export.jobs import Job, Trace
@@ -34,7 +34,7 @@ def test_the_flow_needs_no_device_runtime(tiny: Path, tmp_path: Path, monkeypatc
     for name in DEVICE_RUNTIMES:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(devices, "run", here)
-    monkeypatch.setattr(measuring, "threads", lambda: 1)  # PyTorch's are those of this whole process
+    monkeypatch.setattr(latency, "threads", lambda profile: 1)  # PyTorch's are those of this whole process
     package = pipeline.export(tiny, tmp_path / "package", "torch-fp32").path
     copy_bundle(tiny / "adapters" / "alpha", tmp_path / "late")
     pipeline.add_adapter(package, tmp_path / "late")
