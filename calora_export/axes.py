@@ -42,7 +42,7 @@ class Axis:
             return tuple(tick(self.at(10.0**power), power_of_ten(power)) for power in powers)
         step = round_up((self.high - self.low) / 4)
         values = [self.low + i * step for i in range(math.floor((self.high - self.low) / step + 1e-9) + 1)]
-        return tuple(tick(self.at(value), f"{value:.3g}") for value in values)
+        return tuple(tick(self.at(value), f"{value:,.6g}") for value in values)
 
 
 def power_of_ten(power: int) -> str:

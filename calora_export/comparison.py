@@ -118,8 +118,7 @@ def _differences(a: _Side, b: _Side) -> list[str]:
         reasons.append(f"A ran on {a.device} ({a.arch}), B on {b.device} ({b.arch})")
     if a.latency.threads != b.latency.threads:
         reasons.append(f"A used {a.latency.threads} threads, B {b.latency.threads}")
-    cores = [side.speed.cores if side.speed else None for side in (a, b)]
-    if cores[0] != cores[1]:
+    if a.speed and b.speed and a.speed.cores != b.speed.cores:
         reasons.append("they might run on other processors")
     return reasons
 

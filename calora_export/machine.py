@@ -12,7 +12,7 @@ from pathlib import Path
 from calora_export.errors import DeviceError, mismatch
 from calora_export.jobs import Conditions
 
-SYSTEM = Path("/sys")
+SYSTEM, STATUS = Path("/sys"), Path("/proc/self/status")
 
 
 def cores() -> tuple[int, ...] | None:
@@ -70,7 +70,7 @@ def _processor(program: Path) -> bytes:
 def _status(key: str) -> int | None:
     """A size of /proc/self/status, in bytes."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = STATUS.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)

@@ -32,6 +32,7 @@ def bench(
         device=answer.device,
         arch=answer.arch,
         emulated=answer.emulated,
+        runtime=answer.runtime,
         latency=found,
         speed=latency.speed(answer),
         profile=profile_name,

@@ -243,6 +243,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: str
     arch: str
     emulated: bool
+    runtime: str
     latency: Latency
     speed: Speed | None = None
     profile: str = ""

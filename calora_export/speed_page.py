@@ -74,7 +74,7 @@ def _plot(
     found = [number for name, _, _, of in drawn for row in speeds[name].lengths if (number := of(row)) is not None]
     step = round_up(max([*found, 1e-6]) / 4)
     axis = Axis(0.0, step * math.ceil(max([*found, 1e-6]) / step))
-    spots = {length: round(4 + 92 * i / max(len(lengths) - 1, 1), 2) for i, length in enumerate(lengths)}
+    spots = {length: round(14 + 82 * i / max(len(lengths) - 1, 1), 2) for i, length in enumerate(lengths)}
     lines = tuple(
         Line(
             name,

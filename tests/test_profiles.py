@@ -9,11 +9,11 @@ import pytest
 
 from calora_export import catalogue, devices, profiles, resources, targets
 from calora_export.errors import RecipeError, UnsupportedError
-from calora_export.profiles import Profile
+from calora_export.profiles import Budget, Profile
 from tests.bundles import HEADS, HIDDEN, KV_HEADS, LAYERS, LINEARS, LORA_SITES, RECOVERY_SITES
 
 MB = 2**20
-FACTS = ("soc", "ram_mb", "memory_mb", "os_floor", "compute_units")
+FACTS = ("soc", "ram_mb", "memory_mb", "os_floor", "compute_units", "threads", "cores", "budget")
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -38,6 +38,9 @@ def test_a_profile_is_found_by_name_kind_and_file(tmp_path: Path) -> None:
         ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\nos_floor = "new"', "os_floor"),
         ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\nmemory_mb = 0', "memory_mb"),
         ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\ncompute_units = "gpu"', "compute_units"),
+        ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\n[budget]\nswap_s = 1', "swap_s"),
+        ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\n[budget]\nswap_ms = 0', "swap_ms"),
+        ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\ncores = [-1]', "cores"),
         ("kind =", "phone.toml: "),
     ],
 )
@@ -65,7 +68,7 @@ def test_room_is_the_published_limit_or_all_there_is() -> None:
 @pytest.mark.parametrize("name", sorted(resources.devices()))
 def test_every_fact_says_where_it_was_published(name: str) -> None:
     profile = profiles.load(name)
-    facts = {field for field in FACTS if getattr(profile, field) is not None}
+    facts = {field for field in FACTS if getattr(profile, field) not in (None, (), Budget())}
     assert set(profile.sources) == facts
     assert all(len(source) > 10 for source in profile.sources.values())
 

@@ -19,14 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calora_export.errors import PackageError
+from calora_export.jobs import Conditions
 from calora_export.report import (
+    BudgetRow,
     DeviceInfo,
     Latency,
+    LengthRow,
     ParityRow,
     Report,
     RouterRow,
     Safety,
     Series,
+    Speed,
+    Spread,
     Swap,
     TaskRow,
     read,
@@ -88,7 +93,10 @@ SCHEMA = {
     "complete": None,
     "profile": None,
     "budget": ["name", "limit", "found", "passed"],
-    "speed": None,
+    "speed": [
+        *("prefill_ms", "decode_ms", "swap_ms", "first_token_after_swap_ms", "router_ms"),
+        *("lengths", "cores", "mapped_mb", "before", "after"),
+    ],
 }
 
 BASE = ParityRow(
@@ -114,6 +122,22 @@ ADAPTER = ParityRow(
     passed=True,
 )
 MIX = msgspec.structs.replace(ADAPTER, case="mix:reverse+sort", against="target")
+TIME = Spread(p50=7.0, p90=8.5, p99=None, samples=40)
+SPEED = Speed(
+    prefill_ms=TIME,
+    decode_ms={"base": TIME, "adapter": msgspec.structs.replace(TIME, p50=8.0, p99=9.75, samples=120)},
+    swap_ms=TIME,
+    first_token_after_swap_ms=TIME,
+    router_ms=Spread(p50=None, p90=None, p99=None, samples=0),
+    lengths=tuple(
+        LengthRow(tokens=tokens, prefill_ms=TIME, prefill_tok_s=rate, decode_ms=TIME, decode_tok_s=1000 / 7)
+        for tokens, rate in ((16, 300.0), (64, 700.0), (256, 847.0))
+    ),
+    cores=(4, 5, 6, 7),
+    mapped_mb=80.5,
+    before=Conditions({"0 cpu-big": 41.25}, None),
+    after=Conditions({"0 cpu-big": 55.5}, None),
+)
 PASSED = Report(
     package="/data/out/demo-int4",
     target="onnx",
@@ -139,11 +163,12 @@ PASSED = Report(
     versions={"torch": "2.13.0", "calora-export": "0.1.0"},
     recipe="onnx-int4",
     tolerances={"decode_max_abs": 0.01, "effect_ratio_min": 0.9},
+    profile="pixel-8",
+    budget=(BudgetRow(name="swap_ms", limit=50.0, found=1.31, passed=True),),
+    speed=SPEED,
 )
 NO_EFFECT = msgspec.structs.replace(MIX, effect_ratio=0.0, passed=False)
-BROKEN = msgspec.structs.replace(
-    ADAPTER, decode_max_abs=math.nan, kl_max=math.inf, sqnr_db=math.nan, passed=False
-)
+BROKEN = msgspec.structs.replace(ADAPTER, decode_max_abs=math.nan, kl_max=math.inf, sqnr_db=math.nan, passed=False)
 FAILED = msgspec.structs.replace(
     PASSED,
     passed=False,
@@ -242,12 +267,11 @@ def test_json_does_not_depend_on_the_order_of_insertion():
         {"parity": ()},
         {"safety": Safety(aba_bit_identical=True, kv_isolated=True, wrong_base_refused=False)},
         {"router": RouterRow(cases=40, decisions_equal=False, gates_max_abs=0.0, accuracy=None)},
-        {
-            "tasks": (
-                TaskRow(adapter="reverse", metric="exact_match", reference=1.0, device=0.1, passed=False),
-            )
-        },
+        {"tasks": (TaskRow(adapter="reverse", metric="exact_match", reference=1.0, device=0.1, passed=False),)},
         {"problems": ("something is wrong",)},
+        {"budget": (BudgetRow(name="swap_ms", limit=50.0, found=60.0, passed=False),)},
+        {"complete": False},
+        {"safety": Safety(aba_bit_identical=None, kv_isolated=True, wrong_base_refused=True)},
         {"passed": False},
     ],
 )
@@ -256,9 +280,7 @@ def test_a_verdict_that_its_parts_contradict_is_refused(change: dict):
         msgspec.structs.replace(PASSED, **change)
 
 
-@pytest.mark.parametrize(
-    "field", ["prefill_max_abs", "decode_max_abs", "kl_max", "top1_agreement", "effect_ratio"]
-)
+@pytest.mark.parametrize("field", ["prefill_max_abs", "decode_max_abs", "kl_max", "top1_agreement", "effect_ratio"])
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_a_row_without_a_number_can_not_pass(field: str, value: float | None):
     with pytest.raises(ValueError, match=f"adapter:reverse .*{field}"):
@@ -343,26 +365,19 @@ def test_the_page_loads_and_runs_nothing(tmp_path: Path):
         tag for tag, _ in page.tags
     }
     loads = [
-        a[key]
-        for _, a in page.tags
-        for key in ("src", "href", "xlink:href", "srcset", "action", "data")
-        if key in a
+        a[key] for _, a in page.tags for key in ("src", "href", "xlink:href", "srcset", "action", "data") if key in a
     ]
     assert loads == ["data:,"]
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     policy = next(
-        a["content"]
-        for tag, a in page.tags
-        if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+        a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy and policy.startswith("default-src 'none'")
 
 
 def test_the_page_names_every_case_problem_and_version():
     text = Page(render(FAILED, SERIES)).text
-    cases = [
-        a["data-case"] for tag, a in Page(render(FAILED, SERIES)).tags if tag == "tr" and "data-case" in a
-    ]
+    cases = [a["data-case"] for tag, a in Page(render(FAILED, SERIES)).tags if tag == "tr" and "data-case" in a]
     assert cases == [row.case for row in FAILED.parity]
     for line in (
         *FAILED.problems,
@@ -382,11 +397,7 @@ def test_a_failed_report_says_so_and_marks_its_red_rows():
     assert red == ["adapter:reverse", "mix:reverse+sort"]
     assert "✗ FAILED" in page.text and "PASSED" not in page.text
     assert "not finite" in page.text
-    assert (
-        page.text.index("✗ FAILED")
-        < page.text.index(FAILED.problems[0])
-        < page.text.index("Do the numbers match?")
-    )
+    assert page.text.index("✗ FAILED") < page.text.index(FAILED.problems[0]) < page.text.index("Do the numbers match?")
 
 
 def test_a_passed_report_has_nothing_red():
@@ -411,6 +422,35 @@ def test_text_of_the_report_is_escaped():
     assert "<script" not in text and html.escape("<script>") in text
     assert "script" not in {tag for tag, _ in Page(text).tags}
     assert row.case in [a.get("data-case") for _, a in Page(text).tags]
+
+
+def test_the_page_shows_curves_percentiles_budget_and_conditions():
+    page = Page(render(PASSED, Series()))
+    for text in ("Prefill of so many tokens", "behind so many tokens", "9.75 ms", "Against the budget of pixel-8"):
+        assert text in page.text
+    for text in ("0 cpu-big", "41.2 → 55.5 °C", "4, 5, 6, 7", "80.5 MB", "swap_ms: 1.31 of 50.0"):
+        assert text in page.text, text
+    curves = [attrs for tag, attrs in page.tags if tag == "path" and "first" in (attrs.get("class") or "")]
+    assert len(curves) == 2 and all((attrs["d"] or "").count("L") == 2 for attrs in curves)
+    silent = msgspec.structs.replace(SPEED, before=Conditions(), after=Conditions(), lengths=())
+    page = Page(render(msgspec.structs.replace(PASSED, speed=silent), Series()))
+    assert "tells neither temperatures nor clocks" in page.text and "Prefill of so many" not in page.text
+
+
+def test_an_incomplete_report_says_so_and_what_it_lacks():
+    begun = msgspec.structs.replace(
+        PASSED,
+        passed=False,
+        complete=False,
+        safety=Safety(aba_bit_identical=None, kv_isolated=None, wrong_base_refused=None),
+        router=None,
+        problems=("adb:R5C: run: killed by SIGSEGV",),
+        budget=(BudgetRow(name="swap_ms", limit=50.0, found=None, passed=None),),
+        speed=None,
+    )
+    page = Page(render(begun, Series()))
+    assert "Incomplete." in page.text and page.text.count("not measured") == 5
+    assert "It did not come to that" in page.text
 
 
 def test_an_emulated_device_is_marked():
@@ -491,9 +531,7 @@ def test_shares_and_times():
     ]
 
 
-@given(
-    st.lists(st.floats(min_value=0, max_value=1e3), min_size=1, max_size=50), st.sampled_from([50, 90, 99])
-)
+@given(st.lists(st.floats(min_value=0, max_value=1e3), min_size=1, max_size=50), st.sampled_from([50, 90, 99]))
 def test_percentile_is_numpy_s(samples: list[float], q: int):
     assert percentile(samples, q) == np.percentile(samples, q, method="inverted_cdf")
 
@@ -510,9 +548,7 @@ def test_limits_are_those_of_a_reference_and_those_of_all():
     assert limits(report, [ADAPTER], metrics) == [("source", 5e-2), ("", 1e-3)]
     assert limits(report, [ADAPTER, MIX], metrics) == [("source", 5e-2), ("target", 1e-4), ("", 1e-3)]
     drawn = [
-        a["class"]
-        for tag, a in Page(render(report, Series())).tags
-        if tag == "line" and "limit" in (a["class"] or "")
+        a["class"] for tag, a in Page(render(report, Series())).tags if tag == "line" and "limit" in (a["class"] or "")
     ]
     assert drawn.count("limit target") == 1 and drawn.count("limit source") == 2
 
@@ -581,8 +617,7 @@ def test_the_page_fits_a_phone(tmp_path: Path):
     write(FAILED, tmp_path, SERIES)
     page = html.escape((tmp_path / "report.html").read_text("utf-8"))
     frames = "".join(
-        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{page}"></iframe>'
-        for width in (360, 390)
+        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{page}"></iframe>' for width in (360, 390)
     )
     (tmp_path / "measure.html").write_text(MEASURE.format(frames=frames), "utf-8")
     start = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]

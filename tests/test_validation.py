@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from calora_export import bundle as bundles
 from calora_export import cli, devices, latency, pipeline, runtimes, validation
 from calora_export import package as packages
-from calora_export.compression import Activations
+from calora_export import report as reports
 from calora_export.devices import host
 from calora_export.errors import DeviceError, FingerprintError
-from calora_export.jobs import Job, Trace
+from calora_export.jobs import InterruptedRun, Job, Trace
 from calora_export.package import Package
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
@@ -289,6 +289,61 @@ def test_a_session_that_misbehaves_is_caught(
     assert not report.passed and report.problems == (f"safety: {line}",)
     flags = json.loads(report.to_json())["safety"]
     assert flags == SAFE | {flag: False}
+
+
+# ── a device that breaks ──────────────────────────────────────────────────────────────────────────
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    """A device that goes away after so many cases."""
+
+    def run(device: str, package: Package, job: Job, progress: devices.Progress) -> Trace:
+        whole = host.answer(package, msgspec.structs.replace(job, cases=job.cases[:keep], timing=None, completions=()))
+        answer = msgspec.structs.replace(whole.answer, gates=(), safety=None)
+        raise InterruptedRun(f"{device}: run: killed by SIGSEGV", Trace(answer, whole.logits) if keep else None)
+
+    monkeypatch.setattr(devices, "run", run)
+
+
+def test_what_was_measured_before_a_fault_is_kept_and_never_passes(
+    copy: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, 2)
+    done = CliRunner().invoke(cli.app, ["validate", str(copy), "--bundle", str(tiny)])
+    kept = copy / "report" / "report.html"
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        f"note: host: what was measured before is in {kept}, marked as incomplete",
+        "error: host: run: killed by SIGSEGV",
+    ]
+    made = reports.read(copy / "report" / "report.json")
+    assert (made.passed, made.complete) == (False, False)
+    assert made.problems == ("host: run: killed by SIGSEGV",)
+    assert {row.case for row in made.parity} == {"base", "adapter:alpha"} and all(row.passed for row in made.parity)
+    assert (made.router, made.tasks, made.speed, made.safety.kv_isolated) == (None, (), None, None)
+
+
+def test_before_anything_was_measured_there_is_no_report(
+    copy: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, 0)
+    done = CliRunner().invoke(cli.app, ["validate", str(copy), "--bundle", str(tiny)])
+    assert (done.exit_code, done.stderr) == (1, "error: host: run: killed by SIGSEGV\n")
+    assert not (copy / "report").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_budget_that_is_not_kept_fails(copy: Path, tiny: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "phone.toml"
+    text = 'kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\nthreads = 1\n[budget]\n'
+    profile.write_text(f"{text}decode_tok_s = 1e9\nswap_ms = 1e9\n")
+    made = pipeline.validate(copy, tiny, profile=str(profile))
+    assert [(row.name, row.passed) for row in made.budget] == [("swap_ms", True), ("decode_tok_s", False)]
+    (line,) = made.problems
+    assert not made.passed and line.startswith("budget: decode_tok_s is ")
+    assert made.latency.threads == 1
+    done = CliRunner().invoke(cli.app, ["bench", str(copy), "--profile", str(profile)])
+    assert done.exit_code == 3 and "OVER" in done.output
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────

@@ -119,7 +119,8 @@ def work(
     """Do all that a job asks of a session, and record it as it comes."""
     record = record or Record()
     start = time.perf_counter()
-    session = open_session(package, job.threads)
+    processors = machine.cores()
+    session = open_session(package, min(job.threads, len(processors)) if processors else job.threads)
     load = _milliseconds(start)
     made = Answer(
         device=platform.node() or "host",
@@ -134,7 +135,7 @@ def work(
         peak_rss=machine.peak_rss(),
         emulated=machine.is_emulated(),
         threads=session.threads,
-        cores=machine.cores(),
+        cores=processors,
     )
     record.say(made)
     for case in job.cases:

@@ -75,8 +75,9 @@ Json check_safety(Session& session, const Safety& safety) {
 } // namespace
 
 void answer(const std::filesystem::path& package, const std::filesystem::path& directory, bool stream) {
-  const Job job = Job::read(directory / "job.json");
+  Job job = Job::read(directory / "job.json");
   if (!job.cores.empty()) pin(job.cores);
+  job.threads = std::min(job.threads, std::max<int64_t>(1, int64_t(cores().size()))); // more wait for each other
   const std::unique_ptr<Outlet> outlet = stream ? to_stream() : to_files(directory);
   const Stopwatch watch;
   const std::unique_ptr<Session> opened = open_session(package, job.threads);
@@ -99,6 +100,7 @@ void answer(const std::filesystem::path& package, const std::filesystem::path& d
       {"peak_rss", peak_rss()},
       {"emulated", emulated()},
       {"rounding", rounding.empty() ? Json() : Json(rounding)},
+      {"threads", job.threads},
       {"cores", cores()},
   };
   outlet->say(trace);

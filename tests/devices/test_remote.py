@@ -24,7 +24,7 @@ from calora_export import report as reports
 from calora_export.adapters import Adapter
 from calora_export.devices import _remote, _shell, host
 from calora_export.errors import DeviceError
-from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
+from calora_export.jobs import Case, Completion, InterruptedRun, Job, Safety, SafetyTrace, Timing, Trace
 from calora_export.package import Package
 from calora_export.runtimes import onnx
 from tests.conftest import Export
@@ -35,7 +35,7 @@ from tests.packages import copy_package
 
 IDS = tuple(range(40, 60))
 SMALL = Job(threads=1, cases=(Case("base", {}, IDS, 16), Case("mix", {"alpha": 0.7, "beta": -0.4}, IDS, 16)))
-ENDLESS = Job(threads=1, timing=Timing("alpha", "beta", IDS, decode=100, rounds=10**6, swaps=1))
+ENDLESS = Job(threads=1, cases=SMALL.cases, timing=Timing("alpha", "beta", IDS, decode=100, rounds=10**6, swaps=1))
 
 
 @pytest.fixture
@@ -46,9 +46,7 @@ def opened(package: Path) -> Package:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_remote, "LINGER_S", 1)
-    monkeypatch.setattr(
-        latency, "threads", lambda profile: 1
-    )  # several wait for ages under emulation
+    monkeypatch.setattr(latency, "threads", lambda profile: 1)  # several wait for ages under emulation
 
 
 def fault(bed: Bed, package: Package, step: str, job: Job = SMALL) -> str:
@@ -82,6 +80,7 @@ class Running:
 
     def __init__(self, bed: Bed, package: Package) -> None:
         self.line = ""
+        self.begun: Trace | None = None
         self._thread = threading.Thread(target=self._run, args=(bed.device, package))
         self._thread.start()
         file = bed.place / "job" / "pid"
@@ -92,8 +91,14 @@ class Running:
     def _run(self, device: str, package: Package) -> None:
         try:
             devices.run(device, package, ENDLESS)
+        except InterruptedRun as error:
+            self.line, self.begun = str(error), error.begun
         except DeviceError as error:
             self.line = str(error)
+
+    def work(self) -> None:
+        """Let it come to the part that does not end: a second of its processor's time."""
+        wait_for(lambda: int(Path(f"/proc/{self.pid}/stat").read_text().split()[13]) > os.sysconf("SC_CLK_TCK"))
 
     def end(self) -> str:
         self._thread.join(120)
@@ -208,8 +213,10 @@ def test_several_devices_at_once(tiny: Path, package: Path, ssh_bed: SshBed, tmp
 def test_the_connection_ends_in_mid_run(opened: Package, bed: Bed) -> None:
     """adbd killed; sshd's sessions killed. The runner does not run on, and after a while nothing is left."""
     running = Running(bed, opened)
+    running.work()
     bed.cut()
     assert said(bed, running.end(), "run").startswith("the connection ended")
+    assert isinstance(bed, AdbBed) or (running.begun is not None and set(running.begun.logits) == {"base", "mix"})
     wait_for(lambda: not bed.place.exists())
     assert not is_running(running.pid)
     bed.back()
@@ -231,10 +238,16 @@ def test_a_rerun_sends_only_the_rest(opened: Package, bed: Bed, monkeypatch: pyt
 
 
 def test_the_runner_crashes(opened: Package, bed: Bed) -> None:
+    """What it had said until then is here."""
     running = Running(bed, opened)
+    running.work()
     os.kill(running.pid, signal.SIGSEGV)
     assert said(bed, running.end(), "run") == "killed by SIGSEGV"
     assert not bed.place.exists()
+    if isinstance(bed, SshBed):  # under emulation it is still loading
+        made, expected = running.begun, host.answer(opened, SMALL)
+        assert made is not None and made.answer.timing is None
+        np.testing.assert_allclose(made.logits["mix"], expected.logits["mix"], atol=1e-3)
     reruns(bed, opened)
 
 

@@ -24,7 +24,23 @@ export async function measure(session, timing, load, routes) {
     });
   for (let i = 0; routes.length && i <= swaps; i++)
     await timed(i ? router : ignored, () => session.route(routes[0]));
-  return { load, swap, first_token: firstToken, prefill, decode, router };
+  const curve = await traceCurve(session, timing);
+  return { load, swap, first_token: firstToken, prefill, decode, router, curve };
+}
+
+/** The base at each length: reading so many tokens, and decoding behind them. Its kernels are warm. */
+async function traceCurve(session, { prompt, lengths, repeats, decode: steps }) {
+  const points = [];
+  for (const length of lengths ?? []) {
+    const ids = Array.from({ length }, (_, i) => prompt[i % prompt.length]), prefill = [], decode = [];
+    for (let turn = 0; turn < repeats; turn++) {
+      await session.select({});
+      await timed(prefill, () => session.extend(ids));
+      for (let i = 0; i < steps; i++) await timed(decode, () => session.extend(ids.slice(0, 1)));
+    }
+    points.push({ length, prefill, decode });
+  }
+  return points;
 }
 
 export async function timed(samples, work) {
