@@ -21,6 +21,7 @@ from calora_export import bundle as bundles
 from calora_export import cli, devices, latency, pipeline, runtimes, validation
 from calora_export import package as packages
 from calora_export import report as reports
+from calora_export.compression import Activations
 from calora_export.devices import host
 from calora_export.errors import DeviceError, FingerprintError
 from calora_export.jobs import InterruptedRun, Job, Trace
