@@ -1,5 +1,6 @@
 # make demo        export the demo bundle to ONNX Runtime, talk to it, validate it: build/demo/
 # make test        lint and the test suite;  make heavy: the tests that take minutes
+# make phone       of these, those on an emulated 64-bit ARM phone, over real adb
 # make lint        ruff and pyright
 # make bench       compare with llama.cpp (compiled on the first run), onnxruntime-genai and transformers: 20 minutes
 # make demo-train  train the demo bundle again: build/demo-train/
@@ -13,7 +14,7 @@ DEMO = build/demo
 CLI = .venv/bin/calora-export
 
 .DELETE_ON_ERROR:
-.PHONY: demo test heavy lint bench demo-train clean
+.PHONY: demo test phone heavy lint bench demo-train clean
 
 demo: .venv/ready
 	rm -rf $(DEMO)
@@ -28,6 +29,10 @@ demo: .venv/ready
 # Both always run: a long line does not hide what the tests say.
 test: .venv-test/ready
 	.venv-test/bin/ruff check --output-format concise; lint=$$?; .venv-test/bin/python -m pytest -q && exit $$lint
+
+# Minutes, and a kernel that lets a user have a binfmt_misc of their own (Linux 6.7); skipped elsewhere.
+phone: .venv-test/ready
+	.venv-test/bin/python -m pytest -q -m heavy tests/devices/test_remote.py
 
 heavy: .venv-test/ready
 	.venv-test/bin/python -m pytest -q -m heavy

@@ -165,7 +165,9 @@ def test_a_name_is_not_an_emoji(opened: Path) -> None:
 
 def test_bench_as_json(opened: Path) -> None:
     document = json.loads(call("bench", opened, "--json").stdout)
-    assert set(document) == {"package", "device", "arch", "emulated", "runtime", "latency"}
+    facts = {"package", "device", "arch", "emulated", "runtime"}
+    assert set(document) == facts | {"latency", "speed", "profile", "budget"}
+    assert document["speed"]["lengths"][0]["tokens"] == 16
     assert document["latency"]["decode_tok_s"] > 0 and document["latency"]["samples"] > 0
 
 

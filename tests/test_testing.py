@@ -25,7 +25,7 @@ def app(package: Path, tiny: Path, tmp_path: Path) -> Path:
     return repository
 
 
-def tested(app: Path, *arguments: str) -> tuple[int, str]:
+def checked(app: Path, *arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, cwd=app, capture_output=True, text=True, env=environment)
@@ -33,12 +33,12 @@ def tested(app: Path, *arguments: str) -> tuple[int, str]:
 
 
 def test_the_example_passes_and_a_corrupt_adapter_is_red_in_its_own_test(app: Path) -> None:
-    code, said = tested(app)
+    code, said = checked(app)
     assert code == 0 and "3 passed" in said, said
     assert "PASSED test_on_device.py::test_adapter[alpha]" in said and (app / "package" / "report").is_dir()
 
     edit_adapter(app / "package", "beta", lambda arrays: arrays["model.layers.0.self_attn.q_proj.up"].__imul__(-1))
-    code, said = tested(app)
+    code, said = checked(app)
     assert code == 1
     assert "PASSED test_on_device.py::test_adapter[alpha]" in said
     assert "FAILED test_on_device.py::test_adapter[beta]" in said
@@ -46,10 +46,10 @@ def test_the_example_passes_and_a_corrupt_adapter_is_red_in_its_own_test(app: Pa
 
 
 def test_what_is_not_there_is_said_in_one_line(app: Path) -> None:
-    code, said = tested(app, "--calora-device", "pigeon", "-k", "everything")
+    code, said = checked(app, "--calora-device", "pigeon", "-k", "everything")
     assert code == 1 and "--device: pigeon: expected one of " in said and "Traceback" not in said
-    code, said = tested(app, "--calora-package", "nowhere")
+    code, said = checked(app, "--calora-package", "nowhere")
     assert code == 2 and "nowhere" in said and "Traceback" not in said, said
     (app / "pytest.ini").write_text("[pytest]\n")
-    code, said = tested(app)
+    code, said = checked(app)
     assert code == 2 and "say which: calora_package in pytest's configuration, or --calora-package" in said

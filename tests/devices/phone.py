@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.devices.sshd import free_port
+from tests.devices import sshd
 
 SCRIPT = Path(__file__).with_name("phone.sh")
 
@@ -20,7 +20,7 @@ class Phone:
     """adbd on a port of this machine. root: its files, as this machine sees them."""
 
     def __init__(self, directory: Path, cpu: str) -> None:
-        self.root, self.cpu, self.port = directory / "root", cpu, free_port()
+        self.root, self.cpu, self.port = directory / "root", cpu, sshd.free_port()
         self._directory = directory
         self.start()
 
@@ -53,6 +53,35 @@ class Phone:
         self._process.wait()
 
 
+@contextmanager
+def board(directory: Path, keys: Path, cpu: str) -> Iterator[sshd.Sshd]:
+    """The same root as a board: the real sshd in it. Only root can map the users that sshd changes to."""
+    sshd.make_keys(keys)
+    port, inside, log = sshd.free_port(), directory / "root" / "etc" / "keys", directory / "sshd.log"
+    inside.mkdir(exist_ok=True)
+    for name in ("host_key", "host_key.pub", "user_key.pub"):
+        shutil.copy(keys / name, inside / name)
+    (inside / "sshd_config").write_text(sshd.settings(port, Path("/etc/keys")))
+    command = ["bash", str(SCRIPT), "sshd", str(directory), "/etc/keys/sshd_config"]
+    with log.open("wb") as file:
+        environment = {**os.environ, "QEMU_CPU": cpu}
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=file, stderr=file)
+    try:
+        own = os.readlink("/proc/self/ns/user")
+        while os.readlink(f"/proc/{process.pid}/ns/user") == own:
+            time.sleep(0.02)
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{process.pid}/{name}").write_text("0 0 65536\n")
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        sshd.wait(port, log)
+        yield sshd.Sshd(f"root@127.0.0.1:{port}", sshd.client(port, keys), log, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def missing() -> str | None:
     """What this machine lacks to run a phone."""
     for program in ("adb", "apt-get", "unshare", "aarch64-linux-gnu-g++"):
@@ -76,7 +105,7 @@ def make(directory: Path) -> Path:
 @contextmanager
 def server() -> Iterator[str]:
     """An adb server; it goes away with what it knows."""
-    port = str(free_port())
+    port = str(sshd.free_port())
     environment = {**os.environ, "ANDROID_ADB_SERVER_PORT": port}
     try:
         yield port

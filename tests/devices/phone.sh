@@ -3,6 +3,8 @@
 #
 #   phone.sh make DIR         unpack it into DIR: packages of the machine's own Debian mirror, nothing is installed
 #   phone.sh run DIR PORT     adbd on a TCP port, in namespaces of its own; QEMU_CPU picks the processor
+#   phone.sh sshd DIR CONFIG  the real sshd instead, by a configuration in the root, once a line comes on standard input:
+#                             until then the caller, who must be root, maps the users that sshd changes to
 #
 # Needs apt, unprivileged user namespaces, and a kernel that has binfmt_misc in them (Linux 6.7).
 set -euo pipefail
@@ -38,34 +40,45 @@ make() {
     # Debian 12's qemu 7.2 crashes on recent versions of ONNX Runtime.
     unpack amd64 "$1/qemu" qemu-user
     unpack amd64 "$1/headers" libonnxruntime-dev
-    unpack arm64 "$root" adbd busybox-static
-    mkdir -p "$root"/{dev,proc,sys,tmp,root,etc,run,mnt/full,mnt/readonly,data/local/tmp,data/misc/adb,system}
+    unpack arm64 "$root" adbd busybox-static openssh-server
+    mkdir -p "$root"/{dev,proc,sys,tmp,root,etc,run/sshd,mnt/full,mnt/readonly,data/local/tmp,data/misc/adb,system}
     chmod 1777 "$root/tmp" "$root/data/local/tmp"
-    printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
-    printf 'root:x:0:\n' >"$root/etc/group"
+    printf '%s\n' root:x:0:0:root:/root:/bin/sh sshd:x:100:65534::/run/sshd:/bin/false >"$root/etc/passwd"
+    printf '%s\n' root:x:0: nogroup:x:65534: >"$root/etc/group"
     for tool in sh cat cp mv rm ln mkdir uname chmod kill sleep sha256sum stat df find readlink tar gzip; do
         ln -sf busybox "$root/usr/bin/$tool"
     done
     touch "$1/ready"
 }
 
+# What both do in a namespace of mounts: programs of its processor start by qemu, and the root has its file systems.
+export ENTER='
+    set -e
+    mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+    head="\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
+    mask="\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+    # name:type:offset:magic:mask:interpreter:flags; the kernel decodes the escapes
+    printf "%s" ":qemu-aarch64:M::$head:$mask:$PHONE/qemu/usr/bin/qemu-aarch64:FP" >/proc/sys/fs/binfmt_misc/register
+    for name in proc dev sys; do mount --rbind "/$name" "$PHONE/root/$name"; done
+    mount -t tmpfs -o size=4m tmpfs "$PHONE/root/mnt/full"
+    mount -t tmpfs -o ro tmpfs "$PHONE/root/mnt/readonly"'
+
 run() {
     export PHONE=$1 ADBD_PORT=$2 QEMU_CPU=${QEMU_CPU:-cortex-a76}
-    # Fields of the binfmt line: name:type:offset:magic:mask:interpreter:flags; the kernel decodes the escapes.
-    exec unshare --user --map-root-user --mount bash -c '
-        set -e
-        mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
-        head="\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
-        mask="\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
-        printf "%s" ":qemu-aarch64:M::$head:$mask:$PHONE/qemu/usr/bin/qemu-aarch64:FP" >/proc/sys/fs/binfmt_misc/register
-        for name in proc dev sys; do mount --rbind "/$name" "$PHONE/root/$name"; done
-        mount -t tmpfs -o size=4m tmpfs "$PHONE/root/mnt/full"
-        mount -t tmpfs -o ro tmpfs "$PHONE/root/mnt/readonly"
+    exec unshare --user --map-root-user --mount bash -c "$ENTER"'
         exec chroot "$PHONE/root" /usr/sbin/adbd'
+}
+
+sshd() {
+    export PHONE=$1 CONFIG=$2 QEMU_CPU=${QEMU_CPU:-cortex-a76}
+    exec unshare --user --mount bash -c 'read -r line
+        '"$ENTER"'
+        exec chroot "$PHONE/root" /usr/sbin/sshd -D -e -f "$CONFIG"'
 }
 
 directory=$(realpath -m "$2")
 case $1 in
 make) make "$directory" ;;
 run) run "$directory" "$3" ;;
+sshd) sshd "$directory" "$3" ;;
 esac

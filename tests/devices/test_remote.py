@@ -28,6 +28,7 @@ from calora_export.jobs import Case, Completion, InterruptedRun, Job, Safety, Sa
 from calora_export.package import Package
 from calora_export.runtimes import onnx
 from tests.conftest import Export
+from tests.devices import phone as phones
 from tests.devices import sshd
 from tests.devices.beds import AdbBed, Bed, SshBed, wait_for
 from tests.devices.phone import Phone
@@ -188,6 +189,27 @@ def test_the_demo_is_right_on_every_processor(
     report = pipeline.validate(copy, demo, bed.device, lambda _: None)
     assert report.passed, report.problems
     assert report.device.emulated and len([row for row in report.parity if row.case.startswith("adapter:")]) >= 8
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can map the users of a board's sshd")
+@pytest.mark.parametrize("recipe", ["onnx-int4", "executorch-8da4w"])
+def test_a_board_of_another_processor(
+    tiny: Path,
+    exported: Export,
+    phone_files: Path,
+    host_keys: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+) -> None:
+    """sshd in the arm64 root, and the whole command."""
+    copy = copy_package(exported(recipe), tmp_path / "package")
+    with phones.board(phone_files, host_keys, "max") as board:
+        monkeypatch.setenv("CALORA_SSH_COMMAND", board.command)
+        report = pipeline.validate(copy, tiny, f"ssh:{board.address}", lambda _: None)
+    assert report.passed, report.problems
+    assert (report.device.kind, report.device.arch, report.device.emulated) == ("ssh", "aarch64", True)
 
 
 def test_several_devices_at_once(tiny: Path, package: Path, ssh_bed: SshBed, tmp_path: Path) -> None:

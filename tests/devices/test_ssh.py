@@ -83,7 +83,7 @@ def test_there_is_no_such_host(package: Path, ssh_bed: SshBed) -> None:
 
 
 def test_sshd_refuses_the_user(package: Path, host_keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with sshd.started(host_keys, settings="AllowUsers nobody-here") as server:
+    with sshd.started(host_keys, more="AllowUsers nobody-here") as server:
         monkeypatch.setenv(ssh.COMMAND, server.command)
         line = refusal(f"ssh:{server.address}", package)
     assert "Permission denied" in line and "a key or an agent must log in" in line
@@ -107,7 +107,7 @@ def test_a_host_that_is_not_known(package: Path, host_keys: Path, monkeypatch: p
 def test_a_login_that_gives_no_shell(
     package: Path, host_keys: Path, monkeypatch: pytest.MonkeyPatch, forced: str, expected: str
 ) -> None:
-    with sshd.started(host_keys, settings=f"ForceCommand {forced}") as server:
+    with sshd.started(host_keys, more=f"ForceCommand {forced}") as server:
         monkeypatch.setenv(ssh.COMMAND, server.command)
         monkeypatch.setattr(_shell.Shell.call, "__defaults__", (2.0 if "sleep" in forced else 60.0, None))
         with pytest.raises(DeviceError) as caught:
@@ -121,7 +121,7 @@ def test_a_device_without_tools(
     for tool in ("sh", "uname", "tar", "find", "sleep"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
     forced = f'ForceCommand PATH={tmp_path}; export PATH; eval "$SSH_ORIGINAL_COMMAND"'
-    with sshd.started(host_keys, settings=forced) as server:
+    with sshd.started(host_keys, more=forced) as server:
         monkeypatch.setenv(ssh.COMMAND, server.command)
         with pytest.raises(DeviceError, match=r": connect: expected tar, .*, found no sha256sum readlink$"):
             devices.run(f"ssh:{server.address}", packages.load(package), Job(threads=1))
