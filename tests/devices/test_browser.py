@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calora_export import devices, measuring, onnxruntime_web, pipeline
+from calora_export import devices, latency, onnxruntime_web, pipeline
 from calora_export import package as packages
 from calora_export.adapters import Adapter
 from calora_export.devices import browser, host
@@ -161,7 +161,7 @@ def test_a_package_is_validated_in_a_browser(tiny: Path, exported: Export, tmp_p
     assert {row.case.partition(":")[0] for row in report.parity} == {"base", "adapter", "mix", "route"}
     assert (report.device.kind, report.device.emulated) == ("browser", False)
     assert report.device.name.startswith("Chrom") and report.device.os.startswith("Linux")
-    count = measuring.threads()
+    count = latency.threads(None)
     assert report.latency.threads == count
     assert f"WebAssembly, {count} thread{'s' if count > 1 else ''}, cross-origin isolated" in report.runtime
     assert (report.latency.peak_rss_mb or 0) > 20, "Linux says what a process of Chromium takes"
