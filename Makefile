@@ -2,7 +2,8 @@
 # make test        lint and the test suite;  make heavy: the tests that take minutes
 # make phone       of these, those on an emulated 64-bit ARM phone, over real adb
 # make lint        ruff and pyright
-# make bench       compare with llama.cpp (compiled on the first run), onnxruntime-genai and transformers: 20 minutes
+# make bench       memory to export 1.1 billion weights; then a comparison with llama.cpp (compiled on the first run),
+#                  onnxruntime-genai and transformers: 25 minutes
 # make demo-train  train the demo bundle again: build/demo-train/
 #
 # Each environment is built once and again when pyproject.toml changes. PYTHON=python3.12 picks another Python;
@@ -41,7 +42,8 @@ lint: .venv-test/ready
 	.venv-test/bin/ruff check
 	.venv-test/bin/pyright --pythonpath .venv-test/bin/python
 
-bench: .venv-bench/ready
+bench: .venv-bench/ready .venv-test/ready
+	.venv-test/bin/python -m pytest -q -m heavy -rP tests/test_large_base.py
 	.venv-bench/bin/python -m tests.bench
 
 demo-train: .venv-test/ready

@@ -147,10 +147,34 @@ def unpack_int32(packed: np.ndarray, bits: int) -> np.ndarray:
     return (codes - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
+CLIPS = np.linspace(1.0, 0.5, 26, dtype=np.float32)  # of a group's largest value
+
+
+def quantize_calibrated(weight: np.ndarray, bits: int, group_size: int, importance: np.ndarray) -> PackedWeight:
+    """`quantize_symmetric` with every group's scale at one of CLIPS: where Σ importance · error² is least.
+
+    importance [in]: the mean square of each input feature, so that this is the output's error. Source: the search for a
+    clip of AWQ (arXiv 2306.00978, sec. 3.3 and its code), for the diagonal of the inputs' second moments.
+    """
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, -1, group_size)
+    weighted = importance.reshape(1, -1, group_size)
+    best, least = quantize_symmetric(weight, bits, group_size), np.inf
+    for clip in CLIPS:
+        made = quantize_symmetric(weight, bits, group_size, clip=float(clip))
+        error = (np.square(made.dequantize().reshape(groups.shape) - groups) * weighted).sum(-1)
+        better = error < least
+        least = np.where(better, error, least)
+        q = np.where(better.repeat(group_size, axis=1), made.q, best.q)
+        best = PackedWeight(q, np.where(better, made.scale, best.scale), bits, group_size)
+    return best
+
+
 def quantize_symmetric(
-    weight: np.ndarray, bits: int, group_size: int, scales: type[np.generic] | None = None
+    weight: np.ndarray, bits: int, group_size: int, scales: type[np.generic] | None = None, clip: float = 1.0
 ) -> PackedWeight:
-    """Round float32 [out, in] to the nearest q · scale; scale = absmax / (2^(bits-1) - 1), bfloat16 unless stated.
+    """Round float32 [out, in] to the nearest q · scale; scale = clip · absmax / (2^(bits-1) - 1), bfloat16 unless
+    stated; what a clip leaves out is rounded to the last step.
 
     Zeros stay exactly zero, a group of zeros gets scale 1. ValueError when groups do not divide the columns.
     """
@@ -161,7 +185,7 @@ def quantize_symmetric(
         raise ValueError(f"expected 4 or 8 bits and groups that divide {columns}, found {bits} and {group_size}")
     groups = weight.astype(np.float32).reshape(rows, columns // group_size, group_size)
     top = (1 << (bits - 1)) - 1
-    absmax = np.abs(groups).max(axis=2)
+    absmax = np.abs(groups).max(axis=2) * np.float32(clip)
     # Below the smallest normal number bfloat16 loses its precision, and absmax / scale would leave the range.
     scale = np.maximum(absmax / np.float32(top), np.finfo(np.float32).tiny)
     scale = np.where(absmax > 0, scale, 1).astype(scales or ml_dtypes.bfloat16)

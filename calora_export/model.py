@@ -333,6 +333,13 @@ class SlotModel(nn.Module):
                 stack.callback(module.register_forward_pre_hook(hook(scope), with_kwargs=True).remove)
             yield
 
+    def inputs(self, ids: Tensor) -> list[tuple[str, Tensor]]:
+        """Which linear layers are called, in order, each with what it reads, [1, S, in]."""
+        seen: list[tuple[str, Tensor]] = []
+        with torch.no_grad():
+            self.logits(ids, _Pass(past=self.empty_cache(), inputs=seen), True)
+        return seen
+
     def empty_cache(self) -> list[Tensor]:
         return [torch.zeros(1, heads, 0, self.shape.head_dim) for heads in self.shape.kv_heads for _ in range(2)]
 
@@ -547,9 +554,7 @@ def _takes_layer_type(module: nn.Module) -> bool:
 
 def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activations: Activations) -> None:
     """Run one token and see which linear layers are called, one after the other, with the very same tensor."""
-    seen: list[tuple[str, Tensor]] = []
-    with torch.no_grad():
-        model.logits(torch.zeros(1, 1, dtype=torch.long), _Pass(past=model.empty_cache(), inputs=seen), True)
+    seen = model.inputs(torch.zeros(1, 1, dtype=torch.long))
     runs: list[tuple[Tensor, list[str]]] = []
     for site, x in seen:
         if runs and runs[-1][0] is x and linears[runs[-1][1][-1]].own == linears[site].own:

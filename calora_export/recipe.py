@@ -13,7 +13,15 @@ import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 
 from calora_export import holding, resources
-from calora_export.compression import DenseWeight, PackedWeight, describe, form, quantize_symmetric, sqnr
+from calora_export.compression import (
+    DenseWeight,
+    PackedWeight,
+    describe,
+    form,
+    quantize_calibrated,
+    quantize_symmetric,
+    sqnr,
+)
 from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
 Weight = DenseWeight | PackedWeight
@@ -26,13 +34,15 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fp32 and fp16 hold every weight dense. int4 and int8 keep packed weights as the bundle has them, as far as the
     target's kernels do (`holding`), and quantise dense ones (symmetric, round to nearest) in groups, or rows where
     group_size is 0. lossy: a packed weight that no kernel of the target reads as it is, refused, or held as the nearest
-    that one reads. The package and the report say what is not exactly as the bundle has it.
+    that one reads. calibration: `eval` chooses scales by what layers read of the bundle's own prompts (`calibration`).
+    The package and the report say what is not exactly as the bundle has it.
     """
 
     modules: str
     scheme: Literal["fp32", "fp16", "int8", "int4"]
     group_size: Annotated[int, Meta(ge=0)] = 32
     lossy: Literal["refuse", "allow"] = "refuse"
+    calibration: Literal["none", "eval"] | UnsetType = UNSET
 
 
 class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,8 +120,8 @@ class Representation:
     exact: bool
 
 
-def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
-    """Apply the recipe's rule to one weight as stored."""
+def represent(recipe: Recipe, module: str, weight: Weight, importance: np.ndarray | None = None) -> Representation:
+    """Apply the recipe's rule to one weight as stored. importance [in]: of each input feature, for a calibration."""
     rule = recipe.rule(module)
     if rule.scheme in ("fp32", "fp16"):
         dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.values
@@ -130,7 +140,11 @@ def represent(recipe: Recipe, module: str, weight: Weight) -> Representation:
             mismatch(module, "input features", f"a multiple of the recipe's group_size {group}", columns)
         )
     bits = {"int4": 4, "int8": 8}[rule.scheme]
-    quantised = quantize_symmetric(weight.values.astype("float32"), bits, group)
+    values = weight.values.astype("float32")
+    if importance is None:
+        quantised = quantize_symmetric(values, bits, group)
+    else:
+        quantised = quantize_calibrated(values, bits, group, importance)
     return Representation(holding.hold(recipe.target, module, quantised), False)
 
 

@@ -193,7 +193,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
     bound the effect. `runtime` is what ran it, in words. `sample`: how many adapters were compared, if not all.
     `complete` is false when the device went away before the end; what was measured until then is here, and nothing
-    passed. `profile` is the device profile whose `budget` was judged.
+    passed. `profile` is the device profile whose `budget` was judged. `represented` says
+    of how many weights the package has another form than the bundle, by both forms.
 
     Raises:
         ValueError: the verdict contradicts a part or `problems`, or nothing was compared.
@@ -219,6 +220,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     profile: str = ""
     budget: tuple[BudgetRow, ...] = ()
     speed: Speed | None = None
+    represented: dict[str, int] = {}
 
     def __post_init__(self) -> None:
         failed = failed_parts(self)

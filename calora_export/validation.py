@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -377,6 +378,7 @@ def _report(given: _Given, problems: list[str], profile: Profile | None, profile
         recipe=package.manifest.recipe,
         tolerances=_tolerances(limits, settings),
         activations=activations,
+        represented=dict(Counter(f"{entry.stored} as {entry.held}" for entry in package.manifest.represented)),
         runtime=answer.runtime,
         complete=given.complete,
         profile=profile_name,

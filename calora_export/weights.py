@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from calora_export import compression
+import numpy as np
+
+from calora_export import calibration, compression
 from calora_export import recipe as recipes
 from calora_export.bundle import Bundle
 from calora_export.compression import DenseWeight, PackedWeight
@@ -22,16 +25,28 @@ class Weights:
 
     def __call__(self, module: str) -> DenseWeight | PackedWeight:
         stored = self.bundle.weight(module)
-        made = recipes.represent(self.recipe, module, stored)
+        importance = self._moments.get(module) if self._calibrated(module, stored) else None
+        made = recipes.represent(self.recipe, module, stored, importance)
         if not made.exact:
             original = stored.dequantize()
-            forms = compression.form(stored), compression.form(made.weight)
+            held = f"{compression.form(made.weight)}{' calibrated' if importance is not None else ''}"
+            forms = compression.form(stored), held
             kept = compression.sqnr(original, made.weight.dequantize())
             self.represented[module] = Represented(module, *forms, round(kept, 2))
         return made.weight
 
+    @cached_property
+    def _moments(self) -> dict[str, np.ndarray]:
+        return calibration.second_moments(self.bundle)
+
+    def _calibrated(self, module: str, stored: DenseWeight | PackedWeight) -> bool:
+        rule = self.recipe.rule(module)
+        return isinstance(stored, DenseWeight) and rule.calibration == "eval" and rule.scheme.startswith("int")
+
     def check(self) -> None:
         """Refuse what the recipe cannot hold before anything slow: one packed weight of each form that the base has."""
+        if any(rule.calibration == "eval" for rule in self.recipe.precision):
+            calibration.require_prompts(self.bundle)
         first: dict[tuple[object, ...], str] = {}
         for module, stored in self.bundle.weights.formats.items():
             if stored.bits is not None:
