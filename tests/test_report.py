@@ -97,6 +97,7 @@ SCHEMA = {
         *("prefill_ms", "decode_ms", "swap_ms", "first_token_after_swap_ms", "router_ms"),
         *("lengths", "cores", "mapped_mb", "before", "after"),
     ],
+    "represented": None,
 }
 
 BASE = ParityRow(
