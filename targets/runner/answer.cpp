@@ -77,7 +77,8 @@ Json check_safety(Session& session, const Safety& safety) {
 void answer(const std::filesystem::path& package, const std::filesystem::path& directory, bool stream) {
   Job job = Job::read(directory / "job.json");
   if (!job.cores.empty()) pin(job.cores);
-  job.threads = std::min(job.threads, std::max<int64_t>(1, int64_t(cores().size()))); // more wait for each other
+  // More than there are processors wait for each other, and emulated ones do so for ages.
+  job.threads = emulated() ? 1 : std::min(job.threads, std::max<int64_t>(1, int64_t(cores().size())));
   const std::unique_ptr<Outlet> outlet = stream ? to_stream() : to_files(directory);
   const Stopwatch watch;
   const std::unique_ptr<Session> opened = open_session(package, job.threads);
