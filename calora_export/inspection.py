@@ -129,11 +129,16 @@ def _bundle(path: Path) -> BundleView:
 
 
 def _adapter(bundle: bundles.Bundle, adapter: manifest.AdapterSpec) -> AdapterView:
-    branches = [f"{branch.role} r{branch.r} {branch.act}" for branch in adapter.branches]
+    branches = [f"{branch.role} r{branch.r}{_times(branch)} {branch.act}" for branch in adapter.branches]
     sites = {s for branch in adapter.branches for s in bundles.expand_sites(branch.sites, bundle.adaptable)}
-    kinds = {act: max((b.r for b in adapter.branches if b.act == act), default=0) for act in ("identity", "gelu")}
+    ranks = [(branch.act, branch.r * (branch.experts or 1)) for branch in adapter.branches]
+    kinds = {act: max((r for own, r in ranks if own == act), default=0) for act in ("identity", "gelu")}
     size = _size(bundle.adapter_dir(adapter.id))
     return AdapterView(adapter.id, adapter.task, adapter.class_index, branches, len(sites), sum(kinds.values()), size)
+
+
+def _times(branch: manifest.Branch) -> str:
+    return f" × {branch.experts}" if branch.experts else ""
 
 
 def _package(path: Path) -> PackageView:

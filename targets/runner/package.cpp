@@ -54,7 +54,11 @@ Package Package::load(const std::filesystem::path& path, const std::string& targ
 }
 
 const std::filesystem::path& Package::adapter(const std::string& id) const {
-  if (const auto found = adapters.find(id); found != adapters.end()) return found->second;
+  if (const auto found = adapters.find(id); found != adapters.end()) {
+    if (found->second.extension() == ".factors") // cores, which calora_export/factors.py multiplies with what is shared
+      throw refusal(found->second.filename().string(), "kind", "rows", "factors of rows", "--device host multiplies them");
+    return found->second;
+  }
   std::string known;
   for (const auto& [name, _] : adapters) known += (known.empty() ? "" : ", ") + name;
   throw refusal(file_name, "adapters", "one of " + (known.empty() ? "none" : known), id);

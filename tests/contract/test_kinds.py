@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from calora_export import bundle as bundles
 from calora_export import factors, pipeline, resources
 from calora_export import package as packages
-from calora_export.errors import FingerprintError, PackageError, UnsupportedError
+from calora_export.devices import host
+from calora_export.errors import DeviceError, FingerprintError, PackageError, UnsupportedError
 from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora, peft, sharelora
+from calora_export.jobs import Case, Job
 from calora_export.package import Package
 from calora_export.runtimes import Mix, Session
 from tests.bundles import HIDDEN, tiny_base
@@ -283,3 +285,19 @@ def test_experts_of_fixed_weights_are_rows(kinds: Kinds, hf: PreTrainedModel, tm
     assert entry.kind is msgspec.UNSET and entry.rank == 9
     found = logits(session_of(package), {"mole": 1.0})
     assert np.abs(found - reference(hf, methods.added(delta))).max() <= LIMITS["torch"]
+
+
+@pytest.mark.parametrize("target", ["onnx", "executorch"])
+def test_native_runners_say_what_they_do_not_multiply(
+    exports: Callable[[str], Package], base: Path, tmp_path: Path, target: str
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    with pytest.raises(DeviceError, match=r"slots\.scaled: expected adapters of rows alone, found scaled"):
+        host.run("native", exports(target), Job(threads=1))
+    methods.lots(SITES, tmp_path / "joint.pt", diagonal=True, scale=1.0)
+    lots.run(base, tmp_path / "joint.pt", tmp_path / "lots")
+    package = pipeline.export(tmp_path / "lots", tmp_path / "package", RECIPES[target])
+    case = Case(name="first", mix={"first": 1.0}, ids=(1, 2, 3), prefill=2)
+    with pytest.raises(DeviceError, match=r"first\.factors: kind: expected rows, found factors of rows"):
+        host.run("native", package, Job(threads=1, cases=(case,)))
