@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import UNSET
 
 from calora_export.adapters import Adapter
+from calora_export.errors import UnsupportedError, mismatch
 from calora_export.package import Slots
 
 NEVER = -1e4  # softmax makes exactly 0 of it: an expert that an adapter does not have
@@ -41,7 +42,9 @@ def shapes(slots: Slots, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
-    """fp32, by the names of `fixed`, and `select` [E, R] where tokens weigh experts."""
+    """fp32, by the names of `fixed`, and `select` [E, R] where tokens weigh experts; UnsupportedError for an adapter
+    that has what the graph has no inputs for."""
+    _require_inputs(adapter, slots)
     made = {name: _none(name, shape) for name, shape in fixed(slots).items()}
     for site, pair in adapter.scales.items():
         for part, scale in zip(("before", "after"), pair, strict=True):
@@ -59,6 +62,19 @@ def arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     if slots.routed is not UNSET:
         made[SELECT] = np.float32(np.arange(slots.routed.experts)[:, None] == adapter.experts_of_rows())
     return made
+
+
+def _require_inputs(adapter: Adapter, slots: Slots) -> None:
+    """They were made at export, for the adapters that there were."""
+    routed, hint = slots.routed, "export again from a bundle with such an adapter"
+    scaled = set() if slots.scaled is UNSET else set(slots.scaled)
+    if more := sorted(adapter.scales.keys() - scaled):
+        raise UnsupportedError(mismatch(adapter.id, more[0], "a layer that this package scales", "another", hint))
+    scopes, experts = (set(), 0) if routed is UNSET else (set(routed.scopes), routed.experts - 1)
+    if more := sorted(adapter.routers.keys() - scopes):
+        raise UnsupportedError(mismatch(adapter.id, more[0], "a module that this package reads", "another", hint))
+    if (most := max((len(router.weight) for router in adapter.routers.values()), default=0)) > experts:
+        raise UnsupportedError(mismatch(adapter.id, "experts", f"at most {experts} in this package", most, hint))
 
 
 def _none(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calora_export import bundle as bundles
-from calora_export import factors, pipeline, resources
+from calora_export import factors, pipeline, resources, runtimes
 from calora_export import package as packages
+from calora_export.adapters import load_adapter
 from calora_export.devices import host
 from calora_export.errors import DeviceError, FingerprintError, PackageError, UnsupportedError
 from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora, peft, sharelora
 from calora_export.jobs import Case, Job
-from calora_export.package import Package
+from calora_export.package import Package, Slots, SlotTensor
 from calora_export.runtimes import Mix, Session
 from tests.bundles import HIDDEN, tiny_base
 from tests.contract.test_target import OTHER_BASE
@@ -214,6 +215,23 @@ def test_an_adapter_of_a_basis_that_is_there_is_added_as_cores(package: Package,
     assert entry.file == package.adapter("second").file and entry.shared == "shared/joint.safetensors"
     added = logits(session_of(packages.load(copy)), {"second": 1.0})
     assert np.array_equal(added, logits(session_of(package), {"second": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("german", "a layer that this package scales"), ("flow", "a module that this package reads")],
+)
+@pytest.mark.parametrize("target", RECIPES)
+def test_what_a_package_has_no_inputs_for_is_not_added(
+    kinds: Kinds, tmp_path: Path, target: str, kind: str, expected: str
+) -> None:
+    """Its router would be left out, and its experts would say nothing."""
+    bundle = bundles.load(kinds.bundle)
+    sites = tuple(SlotTensor(site, f"{site}.down", 0, 1, f"{site}.up", b, a) for site, (a, b) in SITES.items())
+    slots = Slots("dynamic", "gate", "recovery", "base_fingerprint", "fp32", sites)
+    with pytest.raises(UnsupportedError, match=f"^{kind}: .*expected {expected}, found another"):
+        runtimes.load(target).encode_adapter(load_adapter(bundle, kind), slots, OTHER_BASE, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_cores_for_another_base_are_refused(package: Package, tmp_path: Path) -> None:
