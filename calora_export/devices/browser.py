@@ -29,7 +29,7 @@ from calora_export import package as packages
 from calora_export.devices import Progress, Request, silent
 from calora_export.devices._page_server import Event, PageServer
 from calora_export.errors import DeviceError, mismatch
-from calora_export.jobs import JOB, Job, Trace, read_trace, write_job
+from calora_export.jobs import JOB, InterruptedRun, Job, Trace, read_begun, read_trace, write_job
 from calora_export.package import Package
 
 LIMIT_S = 3600  # of a job
@@ -90,24 +90,34 @@ def run(address: str, package: Package, job: Job, progress: Progress = silent) -
     if package.manifest.target != "onnx" or inputs != "required":
         found = f"{package.manifest.recipe} for {package.manifest.target}"
         raise DeviceError(mismatch(where.name, "recipe", "onnx-web, or one like it", found, "export again"))
+    if job.cores:
+        raise DeviceError(mismatch(where.name, "cores", "a profile without them", "some", "a page has no say in it"))
     program = None if where.port is not None else _program()
     with tempfile.TemporaryDirectory(prefix="calora-job-") as name:
         answers = Path(name)
         files = _served(where, package, job, answers)
-        with _server(where, files, answers) as server:
-            if program is None:
-                progress(_invitation(where, server))
-                _wait(where, server, None, progress)
-                peak = None
-            else:
-                with _started(program, where, server) as browser:
-                    _wait(where, server, browser, progress)
-                    peak = browser.peak_rss() if where.provider == "wasm" else None
+        try:
+            with _server(where, files, answers) as server:
+                peak = _visited(where, server, program, progress)
+        except DeviceError as error:
+            raise InterruptedRun(str(error), read_begun(answers, job)) from error
         try:
             trace = read_trace(answers, job)
         except DeviceError as error:
             raise DeviceError(f"{where.name}: {error}") from error
     return replace(trace, answer=msgspec.structs.replace(trace.answer, peak_rss=peak))
+
+
+def _visited(where: Address, server: PageServer, program: list[str] | None, progress: Progress) -> int | None:
+    """Wait for the trace of the page that a person opens, or of the one in a browser that is started; bytes it took at
+    the most, where that is known."""
+    if program is None:
+        progress(_invitation(where, server))
+        _wait(where, server, None, progress)
+        return None
+    with _started(program, where, server) as browser:
+        _wait(where, server, browser, progress)
+        return browser.peak_rss() if where.provider == "wasm" else None
 
 
 def state() -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -103,3 +104,33 @@ class AdbBed:
 
     def readonly(self, patch: pytest.MonkeyPatch) -> None:
         patch.setenv("CALORA_DEVICE_DIR", "/mnt/readonly")
+
+
+class BrowserBed:
+    """The browser that `--device browser` starts, and all that it could leave behind."""
+
+    device = "browser"
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self._groups = scratch, set[int]()
+
+    def processes(self, kind: str = "") -> list[int]:
+        """Those that run, whose command line has this word."""
+        running: dict[int, tuple[bytes, int]] = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                status, _, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+                if status != "Z":
+                    running[int(process.name)] = (process / "cmdline").read_bytes(), int(group)
+        ours = {pid for pid, (words, _) in running.items() if f"{self.scratch}/".encode() in words}
+        self._groups |= {running[pid][1] for pid in ours}
+        ours |= {pid for pid, (_, group) in running.items() if group in self._groups}
+        return sorted(pid for pid in ours if kind.encode() in running[pid][0])
+
+    def main(self) -> int:
+        return self.processes("--headless")[0]
+
+    def nothing_is_left(self) -> None:
+        wait_for(lambda: not self.processes())
+        left = [path.name for path in self.scratch.iterdir() if "calora" in path.name or "hrom" in path.name]
+        assert not left, left  # other libraries of the test leave directories, too

@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from calora_export import onnxruntime_web
+from calora_export.devices import browser
+from calora_export.errors import DeviceError
 from tests.conftest import Export
 from tests.devices import phone as phones
 from tests.devices import sshd
-from tests.devices.beds import AdbBed, Bed, SshBed
+from tests.devices.beds import AdbBed, Bed, BrowserBed, SshBed
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +70,23 @@ def adb_bed(phone_on: Callable[[str], phones.Phone]) -> AdbBed:
     bed = AdbBed(phone_on("max"))
     shutil.rmtree(bed.place, ignore_errors=True)  # what the job before it left for the next one
     return bed
+
+
+@pytest.fixture
+def browser_bed(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrowserBed]:
+    try:
+        browser._program()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    if not onnxruntime_web.is_here():
+        pytest.skip("ONNX Runtime Web is not in the cache: `make test` fetches it with npm")
+    scratch = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # a browser has sockets there, whose paths must be short
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    made = BrowserBed(scratch)
+    yield made
+    made.nothing_is_left()
+    shutil.rmtree(scratch)
 
 
 @pytest.fixture(params=["ssh", pytest.param("adb", marks=pytest.mark.heavy)])

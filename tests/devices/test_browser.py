@@ -9,84 +9,35 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calora_export import devices, latency, onnxruntime_web, pipeline
+from calora_export import devices, onnxruntime_web
 from calora_export import package as packages
-from calora_export.adapters import Adapter
 from calora_export.devices import browser, host
 from calora_export.devices._page_server import PageServer
 from calora_export.errors import DeviceError
-from calora_export.jobs import Case, Completion, Job, Safety, SafetyTrace, Timing
+from calora_export.jobs import Case, Completion, InterruptedRun, Job, Safety, SafetyTrace, Timing, Trace
 from calora_export.package import Package
-from calora_export.runtimes import onnx
 from tests.conftest import Export, Variant
-from tests.devices.beds import wait_for
+from tests.devices.beds import BrowserBed, wait_for
 from tests.devices.sshd import free_port
 from tests.packages import copy_package, refresh
 from tests.tampering import adapter_file
 
 IDS = tuple(range(40, 60))
 SMALL = Job(threads=1, cases=(Case("base", {}, IDS, 16), Case("mix", {"alpha": 0.7, "beta": -0.4}, IDS, 16)))
-ENDLESS = Job(threads=1, timing=Timing("alpha", "beta", IDS, decode=100, rounds=10**6, swaps=1))
-
-
-class Chromium:
-    """The one that `--device browser` starts, and all that it could leave behind."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch, self._groups = scratch, set[int]()
-
-    def processes(self, kind: str = "") -> list[int]:
-        """Those that run, whose command line has this word."""
-        running: dict[int, tuple[bytes, int]] = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                status, _, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
-                if status != "Z":
-                    running[int(process.name)] = (process / "cmdline").read_bytes(), int(group)
-        ours = {pid for pid, (words, _) in running.items() if f"{self.scratch}/".encode() in words}
-        self._groups |= {running[pid][1] for pid in ours}
-        ours |= {pid for pid, (_, group) in running.items() if group in self._groups}
-        return sorted(pid for pid in ours if kind.encode() in running[pid][0])
-
-    def main(self) -> int:
-        return self.processes("--headless")[0]
-
-    def nothing_is_left(self) -> None:
-        wait_for(lambda: not self.processes())
-        left = [path.name for path in self.scratch.iterdir() if not path.name.startswith("torch")]
-        assert left == []
-
-
-@pytest.fixture
-def chromium(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chromium]:
-    try:
-        browser._program()
-    except DeviceError as error:
-        pytest.skip(str(error))
-    if not onnxruntime_web.is_here():
-        pytest.skip("ONNX Runtime Web is not in the cache: `make test` fetches it with npm")
-    scratch = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # a browser has sockets there, whose paths must be short
-    monkeypatch.setenv("TMPDIR", str(scratch))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    made = Chromium(scratch)
-    yield made
-    made.nothing_is_left()
-    shutil.rmtree(scratch)
+ENDLESS = Job(threads=1, cases=SMALL.cases, timing=Timing("alpha", "beta", IDS, decode=100, rounds=10**6, swaps=1))
 
 
 @pytest.fixture
@@ -107,6 +58,7 @@ class Running:
 
     def __init__(self, package: Package, device: str = "browser") -> None:
         self.line, self._here = "", threading.Event()
+        self.begun: Trace | None = None
         self._thread = threading.Thread(target=self._run, args=(device, package))
         self._thread.start()
         assert self._here.wait(60), self.line
@@ -114,8 +66,8 @@ class Running:
     def _run(self, device: str, package: Package) -> None:
         try:
             devices.run(device, package, ENDLESS, lambda line: self._here.set() if "running" in line else None)
-        except DeviceError as error:
-            self.line = str(error)
+        except InterruptedRun as error:
+            self.line, self.begun = str(error), error.begun
 
     def end(self) -> str:
         self._thread.join(60)
@@ -153,51 +105,22 @@ def test_what_is_no_address(address: str) -> None:
 # ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_package_is_validated_in_a_browser(tiny: Path, exported: Export, tmp_path: Path, chromium: Chromium) -> None:
-    """Base, every adapter, the mix, the router's own choices, safety, tasks: as on the host."""
-    copy = copy_package(exported("onnx-web"), tmp_path / "package")
-    report = pipeline.validate(copy, tiny, "browser", lambda _: None)
-    assert report.passed, report.problems
-    assert {row.case.partition(":")[0] for row in report.parity} == {"base", "adapter", "mix", "route"}
-    assert (report.device.kind, report.device.emulated) == ("browser", False)
-    assert report.device.name.startswith("Chrom") and report.device.os.startswith("Linux")
-    count = latency.threads(None)
-    assert report.latency.threads == count
-    assert f"WebAssembly, {count} thread{'s' if count > 1 else ''}, cross-origin isolated" in report.runtime
-    assert (report.latency.peak_rss_mb or 0) > 20, "Linux says what a process of Chromium takes"
-    page = (copy / "report" / "report.html").read_text()
-    assert report.runtime in page
-
-
-def test_everything_in_a_job_is_answered(web: Package, tmp_path: Path, chromium: Chromium) -> None:
-    forged = tmp_path / "forged.onnx_adapter"
-    foreign = Adapter("foreign", None, 1, np.zeros(1, bool), {})
-    onnx.encode_adapter(foreign, web.manifest.slots, "sha256:" + "5" * 64, forged)
-    job = Job(
-        threads=1,
-        cases=(*SMALL.cases, Case("alpha", {"alpha": 1.0}, IDS, 20), Case("none", {"alpha": 0.0}, IDS, 16)),
-        routes=((65, 66, 67), tuple(range(1, 90))),
-        completions=(Completion("alpha", (70, 71), 6), Completion("beta", (70, 71), 1)),
-        safety=Safety({"alpha": 1.0}, {"beta": 1.0}, IDS, str(forged)),
-        timing=Timing("alpha", "beta", IDS, decode=2, rounds=1, swaps=3),
-    )
+def test_its_numbers_are_those_of_floats(web: Package, browser_bed: BrowserBed) -> None:
+    """No kernel of WebAssembly rounds what packed weights read. And what the browser says of itself."""
+    job = Job(threads=2, cases=SMALL.cases, completions=(Completion("alpha", (70, 71), 6),))
     made, expected = devices.run("browser", web, job), host.answer(web, job)
-    assert list(made.logits) == list(expected.logits)
     for name, reference in expected.logits.items():
         np.testing.assert_allclose(made.logits[name], reference, atol=1e-3)
-    assert np.array_equal(made.logits["none"], made.logits["base"]), "bit for bit"
-    assert np.abs(made.logits["alpha"] - made.logits["base"][-1]).max() > 0.1
-    np.testing.assert_allclose(made.answer.gates, expected.answer.gates, atol=1e-5)
-    assert made.answer.completions == expected.answer.completions
-    assert made.answer.safety == expected.answer.safety == SafetyTrace(aba=True, fresh=True, stale=True, refused=True)
-    timing = made.answer.timing
-    assert timing is not None and timing.load > 0
-    assert (len(timing.prefill), len(timing.swap), len(timing.first_token), len(timing.router)) == (1, 3, 3, 3)
-    assert {name: len(samples) for name, samples in timing.decode.items()} == {"base": 2, "adapter": 2, "mix2": 2}
+    answer = made.answer
+    assert answer.completions == expected.answer.completions
+    assert "WebAssembly, 2 threads, cross-origin isolated" in answer.runtime and answer.threads == 2
+    assert answer.device.startswith("Chrom") and answer.os.startswith("Linux") and answer.arch == platform.machine()
+    assert (answer.peak_rss or 0) > 2e7, "Linux says what a process of Chromium takes"
+    assert not answer.emulated
 
 
 @pytest.mark.heavy
-def test_its_own_adapter_is_no_forgery(web: Package, chromium: Chromium) -> None:
+def test_its_own_adapter_is_no_forgery(web: Package, browser_bed: BrowserBed) -> None:
     """And two equal mixes cannot prove that caches are apart."""
     same = {"alpha": 1.0}
     job = Job(threads=1, safety=Safety(same, same, IDS, str(adapter_file(web.path, "alpha"))))
@@ -205,7 +128,7 @@ def test_its_own_adapter_is_no_forgery(web: Package, chromium: Chromium) -> None
 
 
 @pytest.mark.heavy
-def test_fp16_rows_are_scaled(tiny: Path, variant: Variant, chromium: Chromium) -> None:
+def test_fp16_rows_are_scaled(tiny: Path, variant: Variant, browser_bed: BrowserBed) -> None:
     package = packages.load(variant(tiny, "onnx-web", adapters="fp16"))
     made, expected = devices.run("browser", package, SMALL), host.answer(package, SMALL)
     np.testing.assert_allclose(made.logits["mix"], expected.logits["mix"], atol=1e-3)
@@ -213,7 +136,7 @@ def test_fp16_rows_are_scaled(tiny: Path, variant: Variant, chromium: Chromium) 
 
 
 @pytest.mark.heavy
-def test_webgpu_by_software(web: Package, chromium: Chromium) -> None:
+def test_webgpu_by_software(web: Package, browser_bed: BrowserBed) -> None:
     """Chromium's own stand-in for a GPU: the same numbers, and times that mean nothing."""
     job = Job(threads=1, cases=(Case("base", {}, IDS[:8], 6), Case("mix", {"alpha": 0.7, "beta": -0.4}, IDS[:8], 6)))
     made, expected = devices.run("browser:webgpu", web, job), host.answer(web, job)
@@ -223,7 +146,7 @@ def test_webgpu_by_software(web: Package, chromium: Chromium) -> None:
     assert made.answer.emulated is ("swiftshader" in made.answer.runtime)
 
 
-def test_a_person_opens_the_page(web: Package, chromium: Chromium, tmp_path: Path) -> None:
+def test_a_person_opens_the_page(web: Package, browser_bed: BrowserBed, tmp_path: Path) -> None:
     """In a browser that this tool did not start; a second page is turned away."""
     asked: list[str] = []
 
@@ -253,7 +176,7 @@ def test_a_person_opens_the_page(web: Package, chromium: Chromium, tmp_path: Pat
 # ── it breaks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_tab_is_closed(web: Package, chromium: Chromium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tab_is_closed(web: Package, browser_bed: BrowserBed, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("CALORA_BROWSER", f"{browser._program()[0]} --remote-debugging-port={port}")
     running = Running(web)
@@ -261,50 +184,54 @@ def test_the_tab_is_closed(web: Package, chromium: Chromium, monkeypatch: pytest
         (page,) = [target["id"] for target in json.load(answer) if target["type"] == "page"]
     urllib.request.urlopen(f"http://127.0.0.1:{port}/json/close/{page}").close()
     assert running.end() == "browser: run: the page was closed, or crashed"
-    chromium.nothing_is_left()
+    browser_bed.nothing_is_left()
     devices.run("browser", web, SMALL)
 
 
-def test_the_page_crashes(web: Package, chromium: Chromium) -> None:
+def test_the_page_crashes(web: Package, browser_bed: BrowserBed) -> None:
     running = Running(web)
-    for pid in chromium.processes("--type=renderer"):
+    for pid in browser_bed.processes("--type=renderer"):
         os.kill(pid, signal.SIGKILL)
     assert running.end() == "browser: run: the page was closed, or crashed"
 
 
-def test_the_browser_is_killed(web: Package, chromium: Chromium) -> None:
+def test_the_browser_is_killed(web: Package, browser_bed: BrowserBed) -> None:
+    """What it had measured is kept."""
     running = Running(web)
-    os.kill(chromium.main(), signal.SIGKILL)
+    size = 2 * 5 * 256 * 4  # of its cases, before it comes to what does not end
+    wait_for(lambda: any(file.stat().st_size == size for file in browser_bed.scratch.glob("*/logits.bin")))
+    os.kill(browser_bed.main(), signal.SIGKILL)
     assert running.end() == "browser: run: the browser was killed by SIGKILL"
+    assert running.begun is not None and list(running.begun.logits) == ["base", "mix"]
 
 
-def test_the_page_hangs(web: Package, chromium: Chromium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_hangs(web: Package, browser_bed: BrowserBed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(browser, "LIMIT_S", 3)
     running = Running(web)
-    for pid in chromium.processes("--type=renderer"):
+    for pid in browser_bed.processes("--type=renderer"):
         os.kill(pid, signal.SIGSTOP)
     assert running.end() == "browser: run: no answer after 3 s"
 
 
-def test_ctrl_c(web: Package, chromium: Chromium) -> None:
+def test_ctrl_c(web: Package, browser_bed: BrowserBed) -> None:
     """As from a terminal, which interrupts the whole group of processes."""
     command = [sys.executable, "-m", "calora_export", "bench", str(web.path), "--device", "browser"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: bool(chromium.processes("--type=renderer")))
+    wait_for(lambda: bool(browser_bed.processes("--type=renderer")))
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (1, "error: interrupted; nothing was changed\n")
 
 
-def test_this_machine_goes_away(web: Package, chromium: Chromium) -> None:
+def test_this_machine_goes_away(web: Package, browser_bed: BrowserBed) -> None:
     """Nobody is there to end the browser: it ends by itself. What it wrote stays, since nobody can remove it."""
     command = [sys.executable, "-m", "calora_export", "bench", str(web.path), "--device", "browser"]
     process = subprocess.Popen(command)
-    wait_for(lambda: bool(chromium.processes("--type=renderer")))
+    wait_for(lambda: bool(browser_bed.processes("--type=renderer")))
     process.kill()
     process.wait()
-    wait_for(lambda: not chromium.processes())
-    for left in chromium.scratch.iterdir():
+    wait_for(lambda: not browser_bed.processes())
+    for left in browser_bed.scratch.iterdir():
         shutil.rmtree(left)
 
 
@@ -327,7 +254,7 @@ def test_no_browser(web: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ],
 )
 def test_a_browser_that_never_opens_the_page(
-    web: Package, chromium: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, line: str
+    web: Package, browser_bed: BrowserBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, line: str
 ) -> None:
     program = tmp_path / "browser"
     program.write_text(f"#!/bin/sh\n{body}\n")
@@ -338,7 +265,7 @@ def test_a_browser_that_never_opens_the_page(
 
 
 def test_why_a_browser_gives_up(
-    web: Package, chromium: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    web: Package, browser_bed: BrowserBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where temporary files lie too deep for its sockets."""
     deep = tmp_path / ("d" * 60)
@@ -347,12 +274,12 @@ def test_why_a_browser_gives_up(
     assert fault(web).startswith("connect: the browser was killed by SIGABRT: Socket path too long: ")
 
 
-def test_nobody_opens_the_page(web: Package, chromium: Chromium, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_opens_the_page(web: Package, browser_bed: BrowserBed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(browser, "VISIT_S", 0.3)
     assert fault(web, device="browser:listen") == "connect: no answer after 0.3 s"
 
 
-def test_a_port_that_is_taken(web: Package, chromium: Chromium) -> None:
+def test_a_port_that_is_taken(web: Package, browser_bed: BrowserBed) -> None:
     import socket
 
     with socket.socket() as taken:
@@ -362,7 +289,9 @@ def test_a_port_that_is_taken(web: Package, chromium: Chromium) -> None:
         assert fault(web, device=device) == "listen: Address already in use"
 
 
-def test_broken_webassembly(web: Package, chromium: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_webassembly(
+    web: Package, browser_bed: BrowserBed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = Path(shutil.copytree(onnxruntime_web.directory(), tmp_path / "runtime"))
     wasm = runtime / "ort-wasm-simd-threaded.wasm"
     wasm.write_bytes(wasm.read_bytes()[:5_000_000])
@@ -371,7 +300,7 @@ def test_broken_webassembly(web: Package, chromium: Chromium, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["model.onnx.data", "adapters/alpha.onnx_adapter"])
-def test_a_damaged_file(web: Package, chromium: Chromium, tmp_path: Path, name: str) -> None:
+def test_a_damaged_file(web: Package, browser_bed: BrowserBed, tmp_path: Path, name: str) -> None:
     copy = copy_package(web.path, tmp_path / "package")
     (copy / name).write_bytes(b"of another kind")
     refresh(copy)
@@ -380,9 +309,14 @@ def test_a_damaged_file(web: Package, chromium: Chromium, tmp_path: Path, name: 
     assert fault(packages.load(copy), job).startswith(f"run: {what}: ")
 
 
-def test_an_adapter_that_is_not_there(web: Package, chromium: Chromium) -> None:
+def test_an_adapter_that_is_not_there(web: Package, browser_bed: BrowserBed) -> None:
     job = Job(threads=1, cases=(Case("base", {"gamma": 1.0}, IDS, 16),))
     assert fault(web, job) == "run: package.json: adapters: expected one of alpha, beta, found gamma"
+
+
+def test_cores_cannot_be_chosen(web: Package) -> None:
+    expected = "cores: expected a profile without them, found some (a page has no say in it)"
+    assert fault(web, Job(threads=1, cores=(0,))) == expected
 
 
 def test_a_package_for_another_runtime(package: Path) -> None:
@@ -426,7 +360,7 @@ await fetch("error", { method: "POST", body: document.querySelector("#answer").v
 """
 
 
-def test_the_page_of_the_documentation_runs(web: Package, chromium: Chromium, tmp_path: Path) -> None:
+def test_the_page_of_the_documentation_runs(web: Package, browser_bed: BrowserBed, tmp_path: Path) -> None:
     """As it is printed there, with the modules that it names; of letters it makes tokens more simply."""
     text = (Path(browser.resources.root()) / "docs" / "browser.md").read_text()
     page = text.partition("```html\n")[2].partition("```")[0]

@@ -1,4 +1,5 @@
 """Jobs on real devices, `ssh:` into a real sshd and `adb:` into a real adbd on emulated arm64; and what breaks there.
+What every device does alike: test_contract.py.
 
 Every fault is a real one. Each ends in one line that names the device and the step, leaves nothing on the device, and
 a re-run works.
@@ -21,12 +22,10 @@ import pytest
 from calora_export import devices, latency, native, pipeline, validation
 from calora_export import package as packages
 from calora_export import report as reports
-from calora_export.adapters import Adapter
 from calora_export.devices import _remote, _shell, host
 from calora_export.errors import DeviceError
-from calora_export.jobs import Case, Completion, InterruptedRun, Job, Safety, SafetyTrace, Timing, Trace
+from calora_export.jobs import Case, InterruptedRun, Job, Timing, Trace
 from calora_export.package import Package
-from calora_export.runtimes import onnx
 from tests.conftest import Export
 from tests.devices import phone as phones
 from tests.devices import sshd
@@ -116,38 +115,6 @@ def is_running(pid: int) -> bool:
 
 
 # ── it works ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("recipe", ["onnx-int4", "executorch-8da4w"])
-def test_a_package_is_validated_over_there(tiny: Path, exported: Export, tmp_path: Path, bed: Bed, recipe: str) -> None:
-    """Base, every adapter, the mix, the router's own choices, safety, tasks: as on the host."""
-    copy = copy_package(exported(recipe), tmp_path / "package")
-    report = pipeline.validate(copy, tiny, bed.device, lambda _: None)
-    assert report.passed, report.problems
-    cases = {row.case.partition(":")[0] for row in report.parity}
-    assert cases == {"base", "adapter", "mix", "route"}
-    emulated = bed.device.startswith("adb")
-    assert report.device.kind == bed.device.partition(":")[0]
-    assert report.device.emulated is emulated and (report.device.arch == "aarch64") is emulated
-    assert not bed.place.joinpath("job").exists()
-
-
-def test_everything_in_a_job_is_answered(opened: Package, bed: Bed, tmp_path: Path) -> None:
-    forged = tmp_path / "forged.onnx_adapter"
-    foreign = Adapter("foreign", None, 1, np.zeros(1, bool), {})
-    onnx.encode_adapter(foreign, opened.manifest.slots, "sha256:" + "5" * 64, forged)
-    job = Job(
-        threads=1,
-        cases=SMALL.cases,
-        routes=((65, 66, 67),),
-        completions=(Completion("alpha", (70, 71), 6),),
-        safety=Safety({"alpha": 1.0}, {"beta": 1.0}, IDS, str(forged)),
-        timing=Timing("alpha", "beta", IDS, decode=2, rounds=1, swaps=3),
-    )
-    answer = devices.run(bed.device, opened, job).answer
-    assert answer.safety == SafetyTrace(aba=True, fresh=True, stale=True, refused=True)
-    np.testing.assert_allclose(answer.gates, host.answer(opened, job).answer.gates, atol=1e-5)
-    assert len(answer.completions) == 1 and answer.timing is not None and answer.peak_rss > 1e6
 
 
 def test_only_what_changed_is_pushed(opened: Package, bed: Bed) -> None:
