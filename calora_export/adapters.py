@@ -8,7 +8,7 @@ A branch's scale (alpha / r, arXiv 2307.07705) is folded into `up`: a gate of 1 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 from calora_export import adapter_format
 from calora_export.adapter_format import SiteBranch
 from calora_export.bundle import Bundle, router_scopes
+from calora_export.compression import PackedWeight, quantize_symmetric
 from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch
 from calora_export.manifest import FILE, read_manifest
 from calora_export.sites import natural_key
@@ -68,6 +69,20 @@ class Adapter:
     def experts_of_rows(self) -> np.ndarray:
         """int [R], -1 where a row is of no expert."""
         return np.full(self.rank, -1) if self.experts is None else self.experts
+
+
+def int8_rows(matrix: np.ndarray) -> PackedWeight:
+    """Each row of a matrix float32 [R, n] as int8 and a float32 scale, absmax / 127."""
+    return quantize_symmetric(matrix, 8, matrix.shape[1], np.float32)
+
+
+def in_int8(adapter: Adapter) -> Adapter:
+    """The adapter as files with int8 rows hold it: `down` and the transpose of `up` rounded, row by row."""
+    sites = {
+        site: SiteRows(int8_rows(rows.down).dequantize(), int8_rows(rows.up.T).dequantize().T)
+        for site, rows in adapter.sites.items()
+    }
+    return replace(adapter, sites=sites)
 
 
 def load_adapter(bundle: Bundle, identifier: str) -> Adapter:

@@ -52,15 +52,16 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
     """The slot contract as a target realised it.
 
     gate says what carries the gates. recovery names the input [R] that marks GELU rows, if rows may be non-linear;
-    fingerprint the uint8 [32] input by which an adapter file tells its base. scaled: sites whose input and output an
-    adapter may multiply; routed: what weighs experts by token. Both only where an adapter of the bundle has such.
+    fingerprint the uint8 [32] input by which an adapter file tells its base. dtype int8: each row of a tensor is times
+    a number of its `.scale`. scaled: sites whose input and output an adapter may multiply; routed: what weighs experts
+    by token. Both only where an adapter of the bundle has such.
     """
 
     rank: Literal["dynamic"] | int
     gate: str
     recovery: str | None
     fingerprint: str
-    dtype: Literal["fp32", "fp16"]
+    dtype: Literal["fp32", "fp16", "int8"]
     tensors: tuple[SlotTensor, ...]
     scaled: tuple[str, ...] | UnsetType = UNSET
     routed: Routed | UnsetType = UNSET
@@ -77,6 +78,11 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
                 groups.append([])
             groups[-1].append(slot)
         return groups
+
+
+def scale_of(tensor: str) -> str:
+    """The tensor that holds the scales of another's int8 rows."""
+    return f"{tensor}.scale"
 
 
 class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -75,9 +75,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context is in positions; chunk is the longest prefill at once where a target must know, rank_budget the highest rank
     of a mix. logits: of the `last` position or `all` of them. activations: what a packed base reads, `float` as it is,
     or rounded to int8 inside the kernel per block of the weight's group size or per token (`ops.round_activations`).
-    adapters: the dtype of adapter files. adapter_inputs: `optional` where the runtime has an adapter API, `required`
-    where it has none (browsers), `functions` where each adapter becomes a function of the model (Neural Engine: no
-    mixes, none added later). lengths: how many tokens a call may take where a compiler needs to know, 1 among them;
+    adapters: the dtype of adapter files; int8 rows, each with a scale, need an operator of ours. adapter_inputs:
+    `optional` where the runtime has an adapter API, `required` where it has none (browsers), `functions` where each
+    adapter becomes a function of the model (Neural Engine: no mixes, none added later). lengths: how many tokens a call
+    may take where a compiler needs to know, 1 among them;
     empty: any up to chunk. kernels: whose operators a program calls: `stock`, those of the plain runtime; `calora`,
     also ours for the slots, which an app links or loads, and in ExecuTorch its LLM framework's for attention.
     joint_basis: compress plain LoRAs into a basis of that many columns per site, which the package holds once
@@ -93,7 +94,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank_budget: Annotated[int, Meta(ge=1)] = 256
     logits: Literal["last", "all"] = "last"
     activations: Literal["float", "int8_block", "int8_token"] = "float"
-    adapters: Literal["fp32", "fp16"] = "fp32"
+    adapters: Literal["fp32", "fp16", "int8"] = "fp32"
     adapter_inputs: Literal["optional", "required", "functions"] = "optional"
     lengths: tuple[Annotated[int, Meta(ge=1)], ...] = ()
     kernels: Literal["stock", "calora"] = "stock"
@@ -103,6 +104,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.zeros == "sparse" and self.target != "coreml":
             raise ValueError(f"expected dense for {self.target}, only coreml has a sparse form - at `$.zeros`")
+        if self.adapters == "int8" and (self.target, self.kernels) != ("onnx", "calora"):
+            found = f"int8 for {self.target} with {self.kernels} kernels"
+            raise ValueError(f"expected fp32 or fp16, found {found}: only ours for onnx read it - at `$.adapters`")
 
     def rule(self, module: str) -> Rule:
         """The first rule that matches, or an error that names the module."""

@@ -56,15 +56,16 @@ FORGED = "sha256:" + "0" * 64
 class Reference:
     """The bundle in torch: `source` as trained, `target` with the changes that the recipe made, if it made any.
 
-    adapters: those that are checked; held: those that the recipe changed, as the package has them.
+    adapters: those that are checked; held: those that the recipe changed, as the package has them; int8: rows are
+    rounded to what its files hold.
     """
 
     bundle: Bundle
-
     source: SlotModel
     target: SlotModel | None
     adapters: Mapping[str, Adapter]
     held: Mapping[str, Adapter]
+    int8: bool
     router: routers.Router | None
     text: RouterText | None
 
@@ -74,6 +75,8 @@ class Reference:
     def mix(self, mix: Mapping[str, float], against: str = "source") -> Rows:
         known = self.adapters if against == "source" else {**self.adapters, **self.held}
         parts = [(known.get(i) or rows.load_adapter(self.bundle, i), gate) for i, gate in mix.items()]
+        if against == "target" and self.int8:
+            parts = [(rows.in_int8(adapter), gate) for adapter, gate in parts]
         return Rows.of(rows.mix(parts)) if parts else Rows.none()
 
 
@@ -133,7 +136,8 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
     source = model.compose(bundle, bundle.weight, context=context)
     target = None
     columns = settings.joint_basis
-    if package.manifest.represented or settings.activations != "float" or columns is not UNSET:
+    int8 = settings.adapters == "int8"
+    if package.manifest.represented or settings.activations != "float" or int8 or columns is not UNSET:
         weights = Weights(bundle, settings)
         target = model.compose(bundle, weights, context=context, activations=settings.activations)
     known = {spec.id for spec in bundle.manifest.adapters}
@@ -146,7 +150,7 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
     router = routers.load(bundle) if package.manifest.router else None
     spec = bundle.manifest.router
     text = RouterText(spec, bundle.path / "router" / "tokenizer.json") if spec else None
-    return Reference(bundle, source, target, adapters, held, router, text)
+    return Reference(bundle, source, target, adapters, held, int8, router, text)
 
 
 def _sample(adapters: Sequence[str]) -> list[str]:

@@ -217,3 +217,11 @@ def test_what_no_kernel_reads_is_refused_unless_the_rule_allows_it() -> None:
     made = represent(recipe.load("executorch-8da8w"), "model.layers.0.mlp.up_proj", stored)
     assert isinstance(made.weight, PackedWeight) and not made.exact
     assert (made.weight.bits, made.weight.group_size) == (8, 64)
+
+
+def test_int8_adapters_need_our_operators(file: Path) -> None:
+    file.write_text(HEAD + 'adapters = "int8"\n' + RULES + PARITY)
+    with pytest.raises(RecipeError, match="mine.toml: expected fp32 or fp16, found int8 for onnx with stock kernels"):
+        recipe.load(str(file))
+    file.write_text(HEAD + 'adapters = "int8"\nkernels = "calora"\n' + RULES + PARITY)
+    assert recipe.load(str(file)).adapters == "int8"

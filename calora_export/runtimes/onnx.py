@@ -11,17 +11,17 @@ import onnxruntime as ort
 from msgspec import UNSET
 
 from calora_export import native
-from calora_export.adapters import Adapter
+from calora_export.adapters import Adapter, int8_rows
 from calora_export.errors import PackageError, UnsupportedError, mismatch
-from calora_export.package import ModelInfo, Package, Slots
+from calora_export.package import ModelInfo, Package, Slots, scale_of
 from calora_export.runtimes import Mix, _extras
 from calora_export.runtimes._shelf import Shelf, require_layout
 
 VERSION = 1
 ALWAYS = "always"
 QUIET = 3
-DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
+KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "int8": "tensor(int8)"}
 
 
 def prepare(package: Package) -> None:
@@ -52,7 +52,7 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
 
 def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
     """Tensor name → array: sites that share an input side by side, one below the other; `up` transposed to [R, out]."""
-    dtype, rank = DTYPES[slots.dtype], adapter.rank
+    dtype, rank = np.float32 if slots.dtype == "int8" else DTYPES[slots.dtype], adapter.rank
     arrays: dict[str, np.ndarray] = {}
     for tensor in slots.tensors:
         if tensor.down not in arrays:
@@ -62,6 +62,10 @@ def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
         if rows is not None:
             arrays[tensor.down][tensor.part * rank : (tensor.part + 1) * rank] = rows.down
             arrays[tensor.up][:] = rows.up.T
+    if slots.dtype == "int8":
+        packed = {name: int8_rows(array) for name, array in arrays.items()}
+        arrays = {name: weight.q for name, weight in packed.items()}
+        arrays |= {scale_of(name): weight.scale[:, 0] for name, weight in packed.items()}
     arrays |= _extras.arrays(adapter, slots)
     if slots.routed is not UNSET:
         arrays[ALWAYS] = _extras.always(arrays[_extras.SELECT])
@@ -116,6 +120,10 @@ def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots)
     kind = KINDS[slots.dtype]
     expected = {tensor.down: f"{kind} {[tensor.parts * rank, tensor.inputs]}" for tensor in slots.tensors}
     expected |= {tensor.up: f"{kind} {[rank, tensor.outputs]}" for tensor in slots.tensors}
+    if slots.dtype == "int8":
+        rows = {tensor.down: tensor.parts * rank for tensor in slots.tensors}
+        rows |= {tensor.up: rank for tensor in slots.tensors}
+        expected |= {scale_of(name): f"{KINDS['fp32']} {[count]}" for name, count in rows.items()}
     expected |= {slots.recovery: f"{KINDS['fp32']} {[rank]}"} if slots.recovery else {}
     expected |= {name: f"{KINDS['fp32']} {list(shape)}" for name, shape in _extras.shapes(slots, rank).items()}
     expected |= {} if slots.routed is UNSET else {ALWAYS: f"{KINDS['fp32']} {[rank]}"}
@@ -124,15 +132,19 @@ def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots)
 
 
 def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) -> dict[str, np.ndarray]:
-    """Several adapters' arrays as one: rows side by side, gates folded into `up`."""
+    """Several adapters' arrays as one: rows side by side, gates folded into `up`, or into the scales of its rows."""
     blended: dict[str, np.ndarray] = {}
     for tensor in slots.tensors:
-        blended[tensor.up] = np.concatenate([arrays[tensor.up] * np.float32(gate) for arrays, gate in parts])
-        blended[tensor.up] = blended[tensor.up].astype(DTYPES[slots.dtype], copy=False)
-        if tensor.down not in blended:
-            shape = (tensor.parts, -1, tensor.inputs)
-            downs = [arrays[tensor.down].reshape(shape) for arrays, _ in parts]
-            blended[tensor.down] = np.concatenate(downs, axis=1).reshape(-1, tensor.inputs)
+        downs, ups = [tensor.down], [tensor.up]
+        if slots.dtype == "int8":
+            blended[tensor.up] = np.concatenate([arrays[tensor.up] for arrays, _ in parts])
+            downs, ups = [tensor.down, scale_of(tensor.down)], [scale_of(tensor.up)]
+        for name in ups:
+            gated = np.concatenate([arrays[name] * np.float32(gate) for arrays, gate in parts])
+            blended[name] = gated.astype(parts[0][0][name].dtype, copy=False)
+        for name in downs:
+            rows = [np.split(arrays[name], tensor.parts) for arrays, _ in parts]
+            blended[name] = np.concatenate([part for site in zip(*rows, strict=True) for part in site])
     if slots.recovery is not None:
         blended[slots.recovery] = np.concatenate([arrays[slots.recovery] for arrays, _ in parts])
     blended |= _extras.blended([arrays for arrays, _ in parts], slots)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch.fx import Node
 
@@ -59,6 +60,29 @@ def gated_units(calls: Sequence[Node], weights: Callable[[Node], Sequence[Weight
         if linears is other and (first, second) == (0, 1) and whole and _alike(linears, weights):
             units[node] = linears
     return units
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A residual addition of a lone linear with a slot, and the RMS norm of their sum."""
+
+    add: Node
+    norm: Node
+    skip: Node
+
+
+def normed(norm_of: Mapping[Node, Node]) -> dict[Node, Normed]:
+    """Linears whose output meets the residual and goes through an RMS norm: linears → what comes after it."""
+    found: dict[Node, Normed] = {}
+    for add, norm in norm_of.items():
+        sides = [_nodes.node(arg) for arg in add.args[:2]]
+        for output, skip in (sides, sides[::-1]):
+            if output.target is operator.getitem and len(output.users) == 1 and output is not skip:
+                linears, _ = _nodes.member(output)
+                lone = linears.target is CALORA.linears.default and len(_nodes.items(linears.args[1])) == 1
+                if lone and _nodes.items(linears.args[4]) and not any(_nodes.masks(linears)):
+                    found[linears] = Normed(add, norm, skip)
+    return found
 
 
 def _alike(linears: Node, weights: Callable[[Node], Sequence[Weight]]) -> bool:

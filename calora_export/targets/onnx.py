@@ -23,23 +23,22 @@ from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
-from calora_export.package import Manifest, Slots, SlotTensor
+from calora_export.package import Manifest, Slots, SlotTensor, scale_of
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _genai, _nodes, _onnx_fusions, _onnx_weights
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
 from calora_export.targets._onnx_builder import CONTRIB, OPSET, OURS, Builder, DataFile, named
+from calora_export.targets._onnx_fusions import Normed
 
 MODEL = "model.onnx"
-SLOTS = 3  # that an operator of ours takes at most
+ADAPTERS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
+SLOTS, SLOT_INPUTS = 3, 14  # that an operator of ours takes at most; its inputs but for those of a norm
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.onnx and model.onnx.data; return which tensors an adapter file must hold."""
-    if graph.extras.scopes and recipe.kernels == "calora":
-        expected, found = "stock, whose operators take gates of each token", "calora, with experts by token"
-        raise UnsupportedError(mismatch("recipe", "kernels", expected, found))
     with DataFile(directory / f"{MODEL}.data") as data:
         lowering = _Lowering(graph, recipe, Builder(data))
         outputs = lowering.run(bytes.fromhex(origin.fingerprint.removeprefix("sha256:")))
@@ -106,6 +105,7 @@ class _Rows:
 
     down: ir.Value
     ups: Mapping[int, ir.Value]
+    scales: Sequence[ir.Value]  # of int8 rows: down's [slots · rank], then each up's [rank]
     gates: ir.Value | None
 
 
@@ -123,7 +123,10 @@ class _Lowering:
         self.weights = cache(lambda node: _nodes.weights(graph, self.roles, node))
         self.norm_of = _onnx_fusions.norms_after_add(self.calls)
         self.packed = _onnx_fusions.packed_projections(self.calls, self.weights)
-        self.units = _onnx_fusions.gated_units(self.calls, self.weights) if recipe.kernels == "calora" else {}
+        ours = recipe.kernels == "calora"
+        self.units = _onnx_fusions.gated_units(self.calls, self.weights) if ours else {}
+        self.normed = _onnx_fusions.normed(self.norm_of) if ours else {}
+        self.sums = {after.add: linears for linears, after in self.normed.items()}
         self.tables = {
             self.roles[_nodes.node(n.args[1]).name] for n in self.calls if n.target is CALORA.embedding.default
         }
@@ -154,6 +157,10 @@ class _Lowering:
             return [_nodes.heads(arg)[0] for arg in node.args[:3]]
         if node in self.units:
             return [self.units[node]]
+        if node in self.sums:
+            return [self.sums[node]]
+        if node in self.normed:
+            return [*node.all_input_nodes, self.normed[node].skip]
         return [_nodes.viewed(node)] if node.target in VIEWS else node.all_input_nodes
 
     def _lower(self, node: Node) -> None:
@@ -211,6 +218,10 @@ class _Lowering:
             self.build.default(value, np.zeros(sizes, dtype.numpy()))
         return value
 
+    def _adapter_scale(self, matrix: ir.Value, rank: str) -> ir.Value:
+        assert matrix.name is not None
+        return self._adapter_input(scale_of(matrix.name), [rank], ir.DataType.FLOAT)
+
     # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
 
     def lower_linears(self, node: Node) -> None:
@@ -226,7 +237,7 @@ class _Lowering:
             pairs = zip(products, masks, strict=True)
             ys = [y if mask is None else self.build.emit("Mul", y, mask) for y, mask in pairs]
         if rows is not None and self.recipe.kernels == "calora":
-            ys = self._add_slots(x, rows, ys, unit)
+            ys = self._add_slots(node, x, rows, ys)
         elif rows is not None:
             ys = self._add_deltas(x, rows, ys)
         if packed or unit:
@@ -234,19 +245,33 @@ class _Lowering:
         else:
             self.members.update({(node, i): y for i, y in enumerate(ys)})
 
-    def _add_slots(self, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value], unit: bool) -> Sequence[ir.Value]:
-        """The group's slots as one operator of ours, which also does what comes after the linears of a gated unit."""
+    def _add_slots(self, node: Node, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        """The group's slots as one operator of ours, which also does what comes after the linears of a gated unit or
+        before a norm."""
         together = len(ys) == 1
         recovery = self.build.inputs["recovery"] if self.graph.recovery else None
         sums = ys if together else [ys[i] for i in rows.ups]
-        inputs = [x, rows.down, recovery, *rows.ups.values(), *[None] * (SLOTS - len(rows.ups)), *sums]
-        if unit:
+        ups = [*rows.ups.values(), *[None] * (SLOTS - len(rows.ups))]
+        padding = [None] * (SLOTS - len(sums))
+        inputs = [x, rows.down, recovery, *ups, *sums, *padding, rows.gates, *rows.scales]
+        if node in self.units.values():
             return self.build.emit_many("SlotGlu", *inputs, outputs=2, domain=OURS)[:1]
+        if node in self.normed:
+            return self._add_and_norm(self.normed[node], inputs)
         sums = self.build.emit_many("Slot", *inputs, outputs=len(sums), domain=OURS)
         if together:
             return sums
         changed = dict(zip(rows.ups, sums, strict=True))
         return [changed.get(i, y) for i, y in enumerate(ys)]
+
+    def _add_and_norm(self, after: Normed, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+        _, weight, eps = after.norm.args
+        epsilon = self.build.constant(f"epsilon_{eps!r}", np.array([eps], np.float32))
+        padding = [None] * (SLOT_INPUTS - len(inputs))
+        more = [self.value(after.skip), self.value(weight), epsilon]
+        made = self.build.emit_many("SlotNorm", *inputs, *padding, *more, outputs=2, domain=OURS)
+        self.values[after.norm], self.values[after.add] = made
+        return made[1:]
 
     def _add_deltas(self, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """The group's slots as operators of the runtime."""
@@ -281,15 +306,17 @@ class _Lowering:
         count, slots = len(sites), {slot.site: slot for slot in self.graph.slots}
         features = slots[sites[0]].inputs
         prefix = "+".join([sites[0], *(site.split(".")[-1] for site in sites[1:])])
-        dtype = ir.DataType.FLOAT if self.recipe.adapters == "fp32" else ir.DataType.FLOAT16
-        down = self._adapter_input(f"{prefix}.down", ["rank" if count == 1 else f"rank_{count}", features], dtype)
+        rank, dtype = "rank" if count == 1 else f"rank_{count}", ADAPTERS[self.recipe.adapters]
+        down = self._adapter_input(f"{prefix}.down", [rank, features], dtype)
+        scales = [self._adapter_scale(down, rank)] if dtype == ir.DataType.INT8 else []
         ups: dict[int, ir.Value] = {}
         for i, (member, site) in enumerate(members):
             outputs = slots[site].outputs
             ups[member] = self._adapter_input(f"{site}.up", ["rank", outputs], dtype)
+            scales += [self._adapter_scale(ups[member], "rank")] if scales else []
             self.tensors.append(SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, outputs))
         gates = _nodes.node(node.args[7])
-        return _Rows(down, ups, None if gates.op == "placeholder" else self.value(gates))
+        return _Rows(down, ups, scales, None if gates.op == "placeholder" else self.value(gates))
 
     def _deltas(self, x: ir.Value, rows: _Rows) -> dict[int, ir.Value]:
         """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
@@ -374,6 +401,8 @@ class _Lowering:
         )
 
     def lower_add(self, node: Node) -> None:
+        if node in self.values:  # came with the slots before it
+            return
         norm = self.norm_of.get(node)
         if norm is None:
             self.values[node] = self._binary("Add", node)

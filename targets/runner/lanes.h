@@ -41,6 +41,10 @@ struct Neon {
     const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
     return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
   }
+  CALORA_INLINE V load(const int8_t* p) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(p));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
+  }
   CALORA_INLINE void store(float* p, V a) {
     vst1q_f32(p, a.low);
     vst1q_f32(p + 4, a.high);
@@ -62,6 +66,7 @@ struct Plain {
   CALORA_INLINE V set(float a) { return V{a, a, a, a}; }
   CALORA_INLINE V load(const float* p) { return V{p[0], p[1], p[2], p[3]}; }
   CALORA_INLINE V load(const Half* p) { return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+  CALORA_INLINE V load(const int8_t* p) { return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
   CALORA_INLINE void store(float* p, V a) {
     for (int i = 0; i < width; ++i) p[i] = a[i];
   }
@@ -87,6 +92,9 @@ struct Avx2 {
   CALORA_INLINE V load(const Half* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  CALORA_INLINE V load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   CALORA_INLINE void store(float* p, V a) { _mm256_storeu_ps(p, a); }
   CALORA_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   CALORA_INLINE void sum4(const V (&v)[4], float* out) {
@@ -104,6 +112,9 @@ struct Avx512 {
   CALORA_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
   CALORA_INLINE V load(const Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  CALORA_INLINE V load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   CALORA_INLINE void store(float* p, V a) { _mm512_storeu_ps(p, a); }
   CALORA_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }

@@ -12,13 +12,15 @@
 namespace calora {
 namespace {
 
-/// h = gate · (recovery ? GELU(h) : h) of a position for rows [first, first + count). Hendrycks and Gimpel,
-/// arXiv:1606.08415, with erf.
-void activate(const Group& group, float* h, int64_t position, int64_t first, int64_t count) {
+/// h = gate · (recovery ? GELU(h) : h) of a position for rows [first, first + count) of a member, with the scales of
+/// int8 rows before and after. Hendrycks and Gimpel, arXiv:1606.08415, with erf.
+void activate(const Group& group, const Member& member, float* h, int64_t position, int64_t first, int64_t count) {
+  for (int64_t r = 0; member.down_scale && r < count; ++r) h[r] *= member.down_scale[first + r];
   for (int64_t r = 0; group.recovery && r < count; ++r)
     if (group.recovery[first + r] != 0.0f) h[r] = 0.5f * h[r] * (1.0f + erff(h[r] * 0.70710678f));
   const float* const gate = group.gate ? group.gate + position * group.own + first : nullptr;
   for (int64_t r = 0; gate && r < count; ++r) h[r] *= gate[r];
+  for (int64_t r = 0; member.up_scale && r < count; ++r) h[r] *= member.up_scale[first + r];
 }
 
 #if defined(__x86_64__)
@@ -58,17 +60,22 @@ struct Kernels {
   void (*down)(const Group&, float*, int64_t, int64_t);
   void (*up)(const Group&, const float*, int64_t, int64_t);
   void (*glu)(const float*, float*, int64_t);
+  void (*norm)(const Norm&, float*, int64_t, int64_t);
 };
 
 template <typename T>
 Kernels pick() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f"))
-    return {avx512::slot<T>, avx512::slot_down<T>, avx512::slot_up<T>, avx512::glu};
+    return {avx512::slot<T>, avx512::slot_down<T>, avx512::slot_up<T>, avx512::glu, avx512::norm};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) // and so F16C
-    return {avx2::slot<T>, avx2::slot_down<T>, avx2::slot_up<T>, avx2::glu};
+    return {avx2::slot<T>, avx2::slot_down<T>, avx2::slot_up<T>, avx2::glu, avx2::norm};
 #endif
-  return {baseline::slot<T>, baseline::slot_down<T>, baseline::slot_up<T>, baseline::glu};
+  return {baseline::slot<T>, baseline::slot_down<T>, baseline::slot_up<T>, baseline::glu, baseline::norm};
+}
+
+Kernels pick(Rows type) {
+  return type == Rows::fp32 ? pick<float>() : type == Rows::fp16 ? pick<Half>() : pick<int8_t>();
 }
 
 /// Rows that fit onto the stack, and the bytes of a group from which a second thread pays: below, two dispatches cost
@@ -88,15 +95,16 @@ int64_t all_outputs(const Group& group) {
   return sum;
 }
 
-/// One position on two threads, which is what memory has bandwidth for. Both take what is left to do until nothing is: the
-/// second may come late, or never, and one dispatch does for both products.
+/// One position on two threads, which is what memory has bandwidth for. Both take what is left to do until nothing is:
+/// the second may come late, or never, and one dispatch does for both products.
 class OnePosition {
 public:
   OnePosition(const Kernels& kernels, const Group& group)
       : kernels_(kernels), group_(group), rows_(group.count * group.rank), outputs_(all_outputs(group)) {}
 
   void operator()(int64_t) {
-    for (int64_t begin; (begin = next_row_.fetch_add(some_rows)) < rows_;) down(begin, std::min(begin + some_rows, rows_));
+    for (int64_t begin; (begin = next_row_.fetch_add(some_rows)) < rows_;)
+      down(begin, std::min(begin + some_rows, rows_));
     for (int spins = 0; rows_done_.load(std::memory_order_acquire) < rows_; ++spins) // the other is at its last rows
       if (spins > patience) std::this_thread::yield();
     for (int64_t begin; (begin = next_output_.fetch_add(some_outputs)) < outputs_;)
@@ -109,7 +117,8 @@ private:
 
   void down(int64_t begin, int64_t end) {
     kernels_.down(group_, h_, begin, end);
-    for (int64_t row = begin; row < end; ++row) activate(group_, h_ + row, 0, row % group_.rank, 1);
+    for (int64_t row = begin; row < end; ++row)
+      activate(group_, group_.members[row / group_.rank], h_ + row, 0, row % group_.rank, 1);
     rows_done_.fetch_add(end - begin, std::memory_order_release);
   }
 
@@ -134,8 +143,8 @@ void copy(const Group& group, int64_t positions) {
 
 void add_slots(const Group& group, int64_t positions, const Threads& threads) {
   if (group.rank == 0) return copy(group, positions);
-  const Kernels kernels = group.half ? pick<Half>() : pick<float>();
-  const int64_t width = group.half ? sizeof(Half) : sizeof(float);
+  const Kernels kernels = pick(group.type);
+  const int64_t width = group.type == Rows::fp32 ? 4 : group.type == Rows::fp16 ? 2 : 1;
   const int64_t bytes = (group.count * group.inputs + all_outputs(group)) * group.rank * width;
   if (positions == 1 && group.rank * group.count <= most_rows && bytes >= worth_two)
     return parallel(threads, 2, OnePosition(kernels, group));
@@ -145,6 +154,13 @@ void add_slots(const Group& group, int64_t positions, const Threads& threads) {
   parallel(threads, (positions + block - 1) / block, [&](int64_t i) {
     kernels.slot(group, i * block, (i + 1) * block < positions ? (i + 1) * block : positions);
   });
+}
+
+void add_and_norm(const Norm& norm, float* sum, int64_t width, int64_t positions, const Threads& threads) {
+  const auto kernel = pick<float>().norm;
+  const auto one = [&](int64_t s) { kernel(norm, sum, width, s); };
+  if (positions == 1) return one(0);
+  parallel(threads, positions, one);
 }
 
 void gate_linear_units(const float* y, float* out, int64_t width, int64_t positions, const Threads& threads) {

@@ -95,11 +95,11 @@ Tensor& slot_out(
   float* const to = out.mutable_data_ptr<float>();
   std::array<Member, most_members> members;
   for (size_t j = 0; j < outs.size(); up += rank * outs[j] * bytes, ++j)
-    members[j] = {up, from + begin[j], to + begin[j], outs[j], width};
+    members[j] = {up, nullptr, nullptr, from + begin[j], to + begin[j], outs[j], width};
   columns.copy_rest(from, to, positions);
   const Group group{
       x.const_data_ptr<float>(), down, gate.const_data_ptr<float>(), recovery.const_data_ptr<float>(),
-      inputs, rank, members.data(), count, half, shared ? 0 : rank};
+      inputs, rank, members.data(), count, half ? Rows::fp16 : Rows::fp32, shared ? 0 : rank};
   add_slots(group, positions, {nullptr, run});
   return out;
 }

@@ -10,7 +10,9 @@ namespace calora {
 namespace {
 
 std::string described(ort::Type type, const std::vector<int64_t>& shape) {
-  std::string text = std::string(type == ort::fp32 ? "fp32" : type == ort::fp16 ? "fp16" : "another type") + " [";
+  const std::map<ort::Type, std::string> names{{ort::fp32, "fp32"}, {ort::fp16, "fp16"}, {ort::int8, "int8"}};
+  const auto name = names.find(type);
+  std::string text = (name == names.end() ? "another type" : name->second) + " [";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
@@ -33,7 +35,7 @@ std::string read_fingerprint(const std::string& file, const Slots& slots, std::m
 int64_t require_layout(const std::string& file, const Slots& slots, const std::map<std::string, Stored>& tensors) {
   int64_t rank = 0;
   for (const SlotInput& input : slots.inputs)
-    if (const auto found = tensors.find(input.name); input.kind == SlotInput::up && found != tensors.end())
+    if (const auto found = tensors.find(input.name); input.parts == 1 && found != tensors.end())
       rank = found->second.shape.empty() ? 0 : found->second.shape[0];
   for (const SlotInput& input : slots.inputs) {
     const std::string expected = described(input.type, input.shape(rank));
@@ -84,7 +86,7 @@ Blend Blend::of(const std::vector<std::pair<const Adapter*, float>>& parts, cons
       for (const auto& [adapter, gate] : parts) {
         const int64_t bytes = adapter->rank * row;
         std::memcpy(to, adapter->tensors.at(input.name).data + part * bytes, size_t(bytes));
-        if (input.kind == SlotInput::up) scale(to, bytes, input.type, gate);
+        if (input.gated) scale(to, bytes, input.type, gate);
         to += bytes;
       }
     blend.values.emplace_back(&input, tensor(memory.data(), input.type, input.shape(rank)));

@@ -31,7 +31,7 @@ struct Blend {
   std::vector<std::vector<char>> memory;
   std::vector<std::pair<const SlotInput*, ort::ValueHandle>> values;
 
-  /// Rows of all adapters side by side, gates folded into `up`. Of none: rank 0.
+  /// Rows of all adapters side by side, gates folded into `up` or its scales. Of none: rank 0.
   static Blend of(const std::vector<std::pair<const Adapter*, float>>& parts, const Slots& slots);
 };
 

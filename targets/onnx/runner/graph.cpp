@@ -32,6 +32,7 @@ int64_t size_of(ort::Type type) {
   switch (type) {
     case ort::uint8: return 1;
     case ort::fp16: return 2;
+    case ort::int8: return 1;
     case ort::fp32: return 4;
     default: return 8;
   }
@@ -54,7 +55,7 @@ Graph::Graph(const std::filesystem::path& path, int64_t threads) : file_(path.fi
   const ort::OptionsHandle owner(options);
   ort::require(ort::api().SetSessionLogSeverityLevel(options, quiet), file_);
   ort::require(ort::api().SetIntraOpNumThreads(options, int(threads)), file_);
-  ort::require(ort::register_kernels(ort::api(), options), file_);
+  ort::require(ort::register_kernels(ort::base(), options), file_);
   ort::Session* session = nullptr;
   ort::require(ort::api().CreateSession(environment(), path.c_str(), options, &session), file_);
   session_.reset(session);

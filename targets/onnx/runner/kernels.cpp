@@ -2,16 +2,23 @@
 
 #include "operators.h"
 
+#include <algorithm>
 #include <array>
+#include <cstdlib>
 
 namespace calora::ort {
 namespace {
 
 /// The table of the runtime that this library is registered with: a process has one.
 const Api* runtime = nullptr;
+const Api24* newer = nullptr; // where the runtime has it
 
 constexpr size_t most = 3;
-enum Input : size_t { X, DOWN, RECOVERY, UP, Y = UP + most, INPUTS = Y + most };
+enum Input : size_t {
+  X, DOWN, RECOVERY, UP, Y = UP + most, GATE = Y + most, DOWN_SCALE, UP_SCALE, SKIP = UP_SCALE + most, WEIGHT, EPSILON,
+  INPUTS
+};
+
 
 /// Why a call fails; `guarded` hands it to the runtime.
 struct Refused {
@@ -35,25 +42,35 @@ struct Tensor {
   size_t dimensions = 0;
 
   explicit operator bool() const { return dimensions > 0; }
+  bool fits() const { return dimensions > 0 && dimensions <= sizes.size(); }
   int64_t last() const { return sizes[dimensions - 1]; }
   int64_t rows() const { return dimensions == 3 ? sizes[0] * sizes[1] : sizes[0]; }
   float* floats() const { return static_cast<float*>(data); }
   bool is(Type kind, size_t count) const { return type == kind && dimensions == count; }
 };
 
-Tensor read(const Value* value) {
-  Tensor tensor;
-  if (!value) return tensor;
-  check(runtime->GetTensorMutableData(const_cast<Value*>(value), &tensor.data));
+void read_shape(const Value* value, Tensor& tensor) {
+  if (newer) {
+    const int64_t* sizes = nullptr;
+    check(newer->GetTensorElementTypeAndShapeDataReference(value, &tensor.type, &sizes, &tensor.dimensions));
+    if (tensor.fits()) std::copy_n(sizes, tensor.dimensions, tensor.sizes.begin());
+    return;
+  }
   TensorInfo* info = nullptr;
   check(runtime->GetTensorTypeAndShape(value, &info));
   Status* failed = runtime->GetTensorElementType(info, &tensor.type);
   if (!failed) failed = runtime->GetDimensionsCount(info, &tensor.dimensions);
-  const bool fits = tensor.dimensions > 0 && tensor.dimensions <= tensor.sizes.size();
-  if (!failed && fits) failed = runtime->GetDimensions(info, tensor.sizes.data(), tensor.dimensions);
+  if (!failed && tensor.fits()) failed = runtime->GetDimensions(info, tensor.sizes.data(), tensor.dimensions);
   runtime->ReleaseTensorTypeAndShapeInfo(info);
   check(failed);
-  expect(fits, "a tensor of 1 to 3 dimensions");
+}
+
+Tensor read(const Value* value) {
+  Tensor tensor;
+  if (!value) return tensor;
+  check(runtime->GetTensorMutableData(const_cast<Value*>(value), &tensor.data));
+  read_shape(value, tensor);
+  expect(tensor.fits(), "a tensor of 1 to 3 dimensions");
   return tensor;
 }
 
@@ -77,23 +94,38 @@ Threads threads(KernelContext* context) {
 
 /// What the slots of a node read. Shapes are checked: adapters come from files.
 struct Slots {
-  Tensor x, down, recovery;
-  std::array<Tensor, most> ups, ys;
+  Tensor x, down, recovery, gate, down_scale;
+  std::array<Tensor, most> ups, ys, up_scales;
   size_t count = 0, y_count = 0;
 
   explicit Slots(const KernelContext* context)
-      : x(input(context, X)), down(input(context, DOWN)), recovery(input(context, RECOVERY)) {
+      : x(input(context, X)),
+        down(input(context, DOWN)),
+        recovery(input(context, RECOVERY)),
+        gate(input(context, GATE)) {
     while (count < most && (ups[count] = input(context, UP + count))) ++count;
     while (y_count < count && (ys[y_count] = input(context, Y + y_count))) ++y_count;
     expect(count > 0 && (y_count == 1 || y_count == count), "one y, or as many as up");
     expect(x.is(fp32, 3), "x: fp32 [batch, positions, in]");
-    const Type kind = down.type == fp16 ? fp16 : fp32;
+    const Type kind = down.type;
+    expect(kind == fp32 || kind == fp16 || kind == int8, "down: fp32, fp16 or int8");
     expect(down.is(kind, 2) && down.last() == x.last() && down.rows() == int64_t(count) * rank(),
-           "down: fp16 or fp32 [linears · rank, in]");
+           "down: [linears · rank, in]");
     expect(!recovery || (recovery.is(fp32, 1) && recovery.last() == rank()), "recovery: fp32 [rank]");
-    for (size_t j = 0; j < count; ++j) expect(ups[j].is(kind, 2) && ups[j].rows() == rank(), "up: as down, [rank, out]");
-    for (size_t j = 0; j < y_count; ++j) expect(ys[j].is(fp32, 3) && ys[j].rows() == x.rows(), "y: fp32 [batch, positions, …]");
-    for (size_t j = 0; j < y_count; ++j) expect(width(j) == ys[j].last(), "y: a column for every output");
+    for (size_t j = 0; j < count; ++j)
+      expect(ups[j].is(kind, 2) && ups[j].rows() == rank(), "up: as down, [rank, out]");
+    for (size_t j = 0; j < y_count; ++j) {
+      expect(ys[j].is(fp32, 3) && ys[j].rows() == x.rows(), "y: fp32 [batch, positions, …]");
+      expect(width(j) == ys[j].last(), "y: a column for every output");
+    }
+    const bool fits = gate.is(fp32, 3) && gate.rows() == x.rows() && gate.last() == rank();
+    expect(!gate || fits, "gate: fp32 [batch, positions, rank]");
+    if (kind != int8) return;
+    down_scale = input(context, DOWN_SCALE);
+    expect(down_scale.is(fp32, 1) && down_scale.last() == down.rows(), "down_scale: fp32 [linears · rank]");
+    for (size_t j = 0; j < count; ++j) up_scales[j] = input(context, UP_SCALE + j);
+    for (size_t j = 0; j < count; ++j)
+      expect(up_scales[j].is(fp32, 1) && up_scales[j].last() == rank(), "up_scale: fp32 [rank]");
   }
 
   int64_t rank() const { return ups[0].sizes[0]; }
@@ -112,12 +144,15 @@ struct Slots {
     for (size_t i = 0; i < count; ++i) {
       const size_t j = y_count == 1 ? 0 : i;
       const int64_t at = y_count == 1 ? column : 0;
-      members[i] = {ups[i].data, ys[j].floats() + at, sums[j].floats() + at, ups[i].last(), ys[j].last()};
+      const float* const scale = down_scale ? down_scale.floats() + int64_t(i) * rank() : nullptr;
+      members[i] = {ups[i].data, scale,          up_scales[i].floats(), ys[j].floats() + at, sums[j].floats() + at,
+                    ups[i].last(), ys[j].last()};
       column += ups[i].last();
     }
-    add_slots({x.floats(), down.data, nullptr, recovery.floats(), x.last(), rank(), members.data(), int64_t(count),
-               down.type == fp16},
-              x.rows(), threads);
+    const Rows type = down.type == fp32 ? Rows::fp32 : down.type == fp16 ? Rows::fp16 : Rows::int8;
+    const Group group{x.floats(), down.data,      gate.floats(),  recovery.floats(), x.last(),
+                      rank(),     members.data(), int64_t(count), type,              rank()};
+    add_slots(group, x.rows(), threads);
   }
 };
 
@@ -137,6 +172,20 @@ void slot_glu(KernelContext* context) {
   gate_linear_units(sum.floats(), out.floats(), out.last(), out.rows(), threads(context));
 }
 
+void slot_norm(KernelContext* context) {
+  const Slots slots(context);
+  const Tensor skip = input(context, SKIP), weight = input(context, WEIGHT), epsilon = input(context, EPSILON);
+  const Tensor& y = slots.ys[0];
+  expect(slots.count == 1, "one linear");
+  expect(skip.is(fp32, 3) && skip.rows() == y.rows() && skip.last() == y.last(), "skip: as y");
+  expect(weight.is(fp32, 1) && weight.last() == y.last(), "weight: fp32 [out]");
+  expect(epsilon.is(fp32, 1) && epsilon.last() == 1, "epsilon: fp32 [1]");
+  const Tensor out = output(context, 0, y.sizes), sum = output(context, 1, y.sizes);
+  slots.add({sum}, threads(context));
+  add_and_norm({skip.floats(), weight.floats(), out.floats(), *epsilon.floats()}, sum.floats(), y.last(), y.rows(),
+               threads(context));
+}
+
 /// No exception leaves the library.
 template <void compute(KernelContext*)>
 Status* guarded(void*, KernelContext* context) {
@@ -148,8 +197,8 @@ Status* guarded(void*, KernelContext* context) {
   }
 }
 
-/// Which outputs are in the memory of which inputs. A runtime that only may share it does not, where it cannot tell that
-/// the shapes are the same; so y must have no other reader (kernels.h).
+/// Which outputs are in the memory of which inputs. A runtime that only may share it does not, where it cannot tell
+/// that the shapes are the same; so y must have no other reader (kernels.h).
 template <int... pairs>
 size_t aliases(int** inputs, int** outputs) {
   static int all[] = {pairs...};
@@ -192,30 +241,41 @@ CustomOp slot_op() {
   return op;
 }
 
-CustomOp slot_glu_op() {
+template <void compute(KernelContext*)>
+CustomOp slot_and_more() {
   CustomOp op = made();
-  op.KernelComputeV2 = guarded<slot_glu>;
+  op.KernelComputeV2 = guarded<compute>;
   op.GetAliasMap = aliases<Y, 1>;
   return op;
 }
 
-const CustomOp slot_ = slot_op(), slot_glu_ = slot_glu_op();
+const CustomOp ops[] = {slot_op(), slot_and_more<slot_glu>(), slot_and_more<slot_norm>()};
 
-const char* name(const CustomOp* op) { return op == &slot_ ? "Slot" : "SlotGlu"; }
+const char* name(const CustomOp* op) {
+  constexpr const char* names[] = {"Slot", "SlotGlu", "SlotNorm"};
+  return names[op - ops];
+}
 
 } // namespace
 
-Status* register_kernels(const Api& api, SessionOptions* options) {
+Status* register_kernels(const ApiBase& base, SessionOptions* options) {
   static CustomOpDomain* domain = nullptr; // must outlive every session
   if (!domain) {
-    runtime = &api;
+    runtime = static_cast<const Api*>(base.GetApi(api_version));
+    if (!runtime) {
+      constexpr int not_implemented = 9;
+      const auto old = static_cast<const Api*>(base.GetApi(1));
+      return old->CreateStatus(not_implemented, "calora's operators need ONNX Runtime 1.20 or newer");
+    }
+    // "1.24.0" and on; asking an older one for it would print a complaint.
+    if (std::atoi(base.GetVersionString() + 2) >= 24) newer = static_cast<const Api24*>(base.GetApi(24));
     CustomOpDomain* created = nullptr;
-    if (Status* const failed = api.CreateCustomOpDomain("calora", &created)) return failed;
-    for (const CustomOp* op : {&slot_, &slot_glu_})
-      if (Status* const failed = api.CustomOpDomain_Add(created, op)) return failed;
+    if (Status* const failed = runtime->CreateCustomOpDomain("calora", &created)) return failed;
+    for (const CustomOp& op : ops)
+      if (Status* const failed = runtime->CustomOpDomain_Add(created, &op)) return failed;
     domain = created;
   }
-  return api.AddCustomOpDomain(options, domain);
+  return runtime->AddCustomOpDomain(options, domain);
 }
 
 } // namespace calora::ort
@@ -223,8 +283,5 @@ Status* register_kernels(const Api& api, SessionOptions* options) {
 /// What ONNX Runtime calls when it loads the library.
 extern "C" [[gnu::visibility("default")]] calora::ort::Status* RegisterCustomOps(
     calora::ort::SessionOptions* options, const calora::ort::ApiBase* base) {
-  using namespace calora::ort;
-  if (const Api* const api = base->GetApi(api_version)) return register_kernels(*api, options);
-  constexpr int not_implemented = 9;
-  return base->GetApi(1)->CreateStatus(not_implemented, "calora's operators need ONNX Runtime 1.20 or newer");
+  return calora::ort::register_kernels(*base, options);
 }

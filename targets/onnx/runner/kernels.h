@@ -1,16 +1,20 @@
 // The operators of our own for ONNX Runtime, domain `calora`, version 1:
 //
-//   Slot     x, down, recovery?, up_0, up_1?, up_2?, y_0, y_1?, y_2? → out_0, out_1?, out_2?
-//            What adapters add to up to three linears that share x (targets/runner/operators.h). Every linear has a y of
-//            its own, or they are columns of y_0, from left to right.
-//   SlotGlu  x, down, recovery?, up_0, up_1, y → out, sum
-//            The same for two linears that are the halves of y; then out = silu(left half) · right half, the gated linear
-//            unit of a Llama's MLP. sum is y with the slots' part, which nobody needs.
+//   Slot      x, down, recovery?, up_0, up_1?, up_2?, y_0, y_1?, y_2?, gate?, down_scale?, up_scale_0?, … → out_0, …
+//             What adapters add to up to three linears that share x (targets/runner/operators.h). Every linear has a
+//             y of its own, or they are columns of y_0, from left to right.
+//   SlotGlu   the same inputs → out, sum
+//             The same for two linears that are the halves of y_0; then out = silu(left half) · right half, the gated
+//             linear unit of a Llama's MLP. sum is y_0 with the slots' part, which nobody needs.
+//   SlotNorm  the same inputs, skip, weight, epsilon → norm, sum
+//             The same for one linear; then sum is that and skip, the residual, and norm = sum / √(mean(sum²) +
+//             epsilon) · weight, the norm before what comes next.
 //
 //   y_j is written over, so no other node may read it.
 //
-//   x [batch, positions, in], down [linears · rank, in], recovery [rank], up_j [rank, outs_j], y_j [batch, positions, …];
-//   down and up are fp16 or fp32, everything else fp32.
+//   x [batch, positions, in], down [linears · rank, in], recovery [rank], up_j [rank, outs_j], gate [batch, positions,
+//   rank], y_j [batch, positions, …], skip as y_0, weight [outs_0], epsilon [1]; down and up are fp32, fp16 or int8,
+//   everything else fp32. int8 rows have a scale each: down_scale [linears · rank], up_scale_j [rank].
 #pragma once
 
 #include "ort.h"
@@ -18,6 +22,6 @@
 namespace calora::ort {
 
 /// Makes sessions with these options know the operators. Null, or why the library refuses.
-Status* register_kernels(const Api& api, SessionOptions* options);
+Status* register_kernels(const ApiBase& base, SessionOptions* options);
 
 } // namespace calora::ort

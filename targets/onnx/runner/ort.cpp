@@ -9,20 +9,30 @@ namespace {
 
 constexpr const char* library = "libonnxruntime.so.1";
 
-const Api& open() {
+const ApiBase& open() {
   void* const opened = ::dlopen(library, RTLD_NOW | RTLD_LOCAL);
   if (!opened) throw refusal(library, "library", "beside this program", ::dlerror());
   const auto base = reinterpret_cast<const ApiBase* (*)()>(::dlsym(opened, "OrtGetApiBase"));
-  const Api* const found = base ? base()->GetApi(api_version) : nullptr;
-  if (!found) throw refusal(library, "version", "1.20 or newer", base ? base()->GetVersionString() : "no such library");
-  return *found;
+  if (!base) throw refusal(library, "version", "1.20 or newer", "no such library");
+  return *base();
+}
+
+const Api& table() {
+  const void* const found = base().GetApi(api_version);
+  if (!found) throw refusal(library, "version", "1.20 or newer", base().GetVersionString());
+  return *static_cast<const Api*>(found);
 }
 
 } // namespace
 
-const Api& api() {
-  static const Api& opened = open();
+const ApiBase& base() {
+  static const ApiBase& opened = open();
   return opened;
+}
+
+const Api& api() {
+  static const Api& found = table();
+  return found;
 }
 
 void require(Status* status, const std::string& file) {

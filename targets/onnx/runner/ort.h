@@ -28,7 +28,7 @@ struct KernelContext;
 /// The first version that has the adapter API.
 constexpr uint32_t api_version = 20;
 
-enum Type : int { any = 0, fp32 = 1, uint8 = 2, int64 = 7, fp16 = 10 };
+enum Type : int { any = 0, fp32 = 1, uint8 = 2, int8 = 3, int64 = 7, fp16 = 10 };
 enum Presence : int { required = 0, optional = 1 };
 
 using Skipped = void (*)();
@@ -90,9 +90,15 @@ struct Api {
   Status* (*RunOptionsAddActiveLoraAdapter)(RunOptions*, const LoraAdapter*);
 };
 
+/// Of the table from version 24 on: type and sizes of a tensor where the library has them, without an object for each.
+struct Api24 {
+  Skipped skipped0[414];
+  Status* (*GetTensorElementTypeAndShapeDataReference)(const Value*, Type*, const int64_t** sizes, size_t* count);
+};
+
 /// How the library hands out its table.
 struct ApiBase {
-  const Api* (*GetApi)(uint32_t version);
+  const void* (*GetApi)(uint32_t version);
   const char* (*GetVersionString)();
 };
 
@@ -123,7 +129,10 @@ struct CustomOp {
   void (*ReleaseAliasMap)(int* inputs, int* outputs);
 };
 
-/// The library's functions. Opens it at the first call; an Error when there is none, or an old one.
+/// The library. Opens it at the first call; an Error when there is none.
+const ApiBase& base();
+
+/// Its functions; an Error when it is an old one.
 const Api& api();
 
 /// An Error `file: ONNX Runtime refuses it: …` unless the status is a success.

@@ -1,13 +1,18 @@
 #include "slots.h"
 
+#include "graph.h"
+
+#include <map>
 #include <set>
 
 namespace calora {
 
 std::vector<int64_t> SlotInput::shape(int64_t rank) const {
-  if (kind == recovery) return {rank};
+  if (width == 0) return {parts * rank};
   return {parts * rank, width};
 }
+
+int64_t SlotInput::bytes() const { return (width == 0 ? 1 : width) * size_of(type); }
 
 Slots Slots::of(const Package& package) {
   const Fields settings = package.manifest.object("settings"), slots = package.manifest.object("slots");
@@ -16,17 +21,21 @@ Slots Slots::of(const Package& package) {
   made.fingerprint = slots.text("fingerprint");
   made.required = settings.text("adapter_inputs") == "required";
   if (!made.required) require_value("settings.adapter_inputs", "optional", settings.text("adapter_inputs"));
-  const bool half = slots.text("dtype") == "fp16";
-  if (!half) require_value("slots.dtype", "fp32", slots.text("dtype"));
-  const ort::Type type = half ? ort::fp16 : ort::fp32;
+  const std::map<std::string, ort::Type> types{{"fp32", ort::fp32}, {"fp16", ort::fp16}, {"int8", ort::int8}};
+  const auto found = types.find(slots.text("dtype"));
+  if (found == types.end()) require_value("slots.dtype", "fp32, fp16 or int8", slots.text("dtype"));
+  const auto add = [&](const std::string& name, int64_t parts, int64_t width, bool gated) {
+    const bool scaled = found->second == ort::int8; // each row by a number of its own, which takes the gate
+    made.inputs.push_back({name, found->second, parts, width, gated && !scaled});
+    if (scaled) made.inputs.push_back({name + ".scale", ort::fp32, parts, 0, gated});
+  };
   std::set<std::string> known;
   for (const Fields& tensor : slots.objects("tensors")) {
     const std::string down = tensor.text("down");
-    if (known.insert(down).second)
-      made.inputs.push_back({SlotInput::down, down, type, tensor.integer("parts"), tensor.integer("inputs")});
-    made.inputs.push_back({SlotInput::up, tensor.text("up"), type, 1, tensor.integer("outputs")});
+    if (known.insert(down).second) add(down, tensor.integer("parts"), tensor.integer("inputs"), false);
+    add(tensor.text("up"), 1, tensor.integer("outputs"), true);
   }
-  if (slots.has("recovery")) made.inputs.push_back({SlotInput::recovery, slots.text("recovery"), ort::fp32, 1, 1});
+  if (slots.has("recovery")) made.inputs.push_back({slots.text("recovery"), ort::fp32, 1, 0, false});
   return made;
 }
 

@@ -10,17 +10,16 @@
 
 namespace calora {
 
-/// An input of the graph whose size grows with the rank R: down [parts · R, width], up [R, width] or recovery [R].
+/// An input of the graph whose size grows with the rank R: [parts · R, width], or [parts · R] where width is 0.
 struct SlotInput {
-  enum Kind { down, up, recovery };
-  Kind kind;
   std::string name;
   ort::Type type;
   int64_t parts, width;
+  bool gated; // takes the gates of a mix
 
   std::vector<int64_t> shape(int64_t rank) const;
   /// Of one row.
-  int64_t bytes() const { return width * (type == ort::fp16 ? 2 : 4); }
+  int64_t bytes() const;
 };
 
 struct Slots {
