@@ -36,6 +36,9 @@ from .results import (
     OURS_ADAPTER,
     OURS_MIX,
     PLAIN,
+    STOCK,
+    STOCK_ADAPTER,
+    STOCK_MIX,
     UPSTREAM,
     Memory,
     Results,
@@ -127,12 +130,12 @@ def _reference(options: Options) -> dict[str, float]:
 def _models(inputs: Inputs, work: Path) -> dict[str, System]:
     """What a Python driver can open here, by row."""
     systems = {}
-    path = package(work, OURS)
-    if path.exists():
-        systems[OURS] = System("genai", path)
-        systems[OURS_ADAPTER] = System("genai", path, ours.adapter_file(path, ADAPTERS[0]))
-        mix = apart(ours.write_mix, inputs.bundle, path, ADAPTERS, work / "mix.adapter")
-        systems[OURS_MIX] = System("genai", path, mix)
+    for rows in ((OURS, OURS_ADAPTER, OURS_MIX), (STOCK, STOCK_ADAPTER, STOCK_MIX)):
+        path = package(work, rows[0])
+        if path.exists():
+            mix = apart(ours.write_mix, inputs.bundle, path, ADAPTERS, work / f"{path.name}.adapter")
+            adapters = (None, ours.adapter_file(path, ADAPTERS[0]), mix)
+            systems |= {row: System("genai", path, adapter) for row, adapter in zip(rows, adapters, strict=True)}
     for name in (BUILDER, BUILDER_ADAPTER):
         if package(work, name).exists():
             systems[name] = System("genai", package(work, name))
@@ -157,9 +160,10 @@ def _sizes(models: dict[str, System], work: Path) -> dict[str, int]:
 def _swaps(inputs: Inputs, options: Options) -> dict[str, float]:
     """The p50 of a switch between two adapters in ms. The other peers can not switch."""
     swaps = {}
-    for row, system, device in ((OURS_ADAPTER, OURS, "host"), (NATIVE_ADAPTER, NATIVE, "host:native")):
+    rows = ((OURS_ADAPTER, OURS, "host"), (STOCK_ADAPTER, STOCK, "host"), (NATIVE_ADAPTER, NATIVE, "host:native"))
+    for row, system, device in rows:
         if package(options.work, system).exists():
-            log = options.work / "logs" / f"bench-{device.replace(':', '-')}.log"
+            log = options.work / "logs" / f"bench-{package(options.work, system).name}.log"
             swaps[row] = ours.swap_ms(package(options.work, system), device, log)
     if peers.has("llama_cpp") and peers.has("gguf"):
         adapters = [inputs.gguf(name) for name in ADAPTERS]

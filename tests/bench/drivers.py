@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from calora_export import native
+
 from .process import BenchError
 
 Handle = TypeVar("Handle")
 CONTEXT = 512
+OPERATORS = native.KERNELS["onnx"]
 
 
 class Driver(Protocol):
@@ -39,6 +42,8 @@ class GenaiDriver:
         config = og.Config(str(package))
         # The overlay leaves the package's own genai_config.json as it was written.
         options = {"intra_op_num_threads": threads, "log_severity_level": 3}
+        if (package / OPERATORS).exists():
+            options["custom_ops_library"] = OPERATORS
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = og.Model(config)
         self.adapters = None

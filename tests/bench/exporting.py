@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from calora_export import native
+
 from . import ours, peers, plain_coreml, upstream
 from .inputs import Inputs
 from .process import Run
-from .results import BUILDER, BUILDER_ADAPTER, COREML, NATIVE, OURS, PLAIN, UPSTREAM, UPSTREAM_FEW
+from .results import BUILDER, BUILDER_ADAPTER, COREML, NATIVE, OURS, PLAIN, STOCK, UPSTREAM, UPSTREAM_FEW
 from .shapes import ADAPTERS, LATE_ADAPTER, Shape
 
 Exporter = Callable[[Path, Path], Run]  # the package to write, a log
@@ -66,7 +68,8 @@ def lower_upstream(
 
 
 def _exporters(inputs: Inputs) -> Iterator[tuple[str, Exporter]]:
-    yield OURS, partial(ours.export, inputs.bundle, "onnx-int4")
+    yield OURS, partial(_fused, inputs.bundle)
+    yield STOCK, partial(ours.export, inputs.bundle, "onnx-int4")
     if peers.has("executorch"):
         yield NATIVE, partial(ours.export, inputs.bundle, "executorch-8da4w")
     if plain_coreml.installed():
@@ -75,6 +78,12 @@ def _exporters(inputs: Inputs) -> Iterator[tuple[str, Exporter]]:
     if peers.has("onnxruntime_genai"):
         yield BUILDER, partial(peers.build, inputs.model, None)
         yield BUILDER_ADAPTER, partial(peers.build, inputs.model, inputs.adapter(ADAPTERS[0]))
+
+
+def _fused(bundle: Path, directory: Path, log: Path) -> Run:
+    cost = ours.export(bundle, "onnx-int4-fused", directory, log)
+    shutil.copy2(native.kernels("onnx"), directory)  # where onnxruntime-genai may load it from; compiled on first use
+    return cost
 
 
 def _plain(model: Path, directory: Path, log: Path) -> Run:

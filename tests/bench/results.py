@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from .measure import Round, Speed, Spread, quiet, spread
 from .process import Run
 
-OURS, OURS_ADAPTER, OURS_MIX = "ours", "ours + adapter", "ours + mix of two"
+OURS, OURS_ADAPTER, OURS_MIX = (f"ours{use}" for use in ("", " + adapter", " + mix of two"))
+STOCK, STOCK_ADAPTER, STOCK_MIX = (f"ours, stock operators{use}" for use in ("", " + adapter", " + mix of two"))
 BUILDER, BUILDER_ADAPTER = "builder", "builder + adapter"
 NATIVE, NATIVE_ADAPTER, NATIVE_MIX = (f"ours (ExecuTorch){use}" for use in ("", " + adapter", " + mix of two"))
 UPSTREAM, UPSTREAM_FEW = "transformers (ExecuTorch)", "transformers (ExecuTorch), extrapolated"
@@ -19,6 +20,8 @@ LLAMA_Q4, LLAMA_Q4_ADAPTER = "llama.cpp (Q4_0 embedding)", "llama.cpp (Q4_0 embe
 BASE_OF = {
     OURS_ADAPTER: OURS,
     OURS_MIX: OURS,
+    STOCK_ADAPTER: STOCK,
+    STOCK_MIX: STOCK,
     BUILDER_ADAPTER: BUILDER,
     NATIVE_ADAPTER: NATIVE,
     NATIVE_MIX: NATIVE,
@@ -27,6 +30,7 @@ BASE_OF = {
 }
 SYSTEMS = (
     *(OURS, OURS_ADAPTER, OURS_MIX),
+    *(STOCK, STOCK_ADAPTER, STOCK_MIX),
     *(BUILDER, BUILDER_ADAPTER),
     *(NATIVE, NATIVE_ADAPTER, NATIVE_MIX),
     *(UPSTREAM, UPSTREAM_FEW),

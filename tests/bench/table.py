@@ -14,8 +14,9 @@ PAGE = """# Benchmarks
 on all seven linears of 30 layers) in the form that each system reads, and measures all systems side by
 side. This page is what it printed.
 
-- **ours** is one package, whose adapters can be swapped, through `onnxruntime-genai`. The mix is of two
-  adapters.
+- **ours** is one package of the recipe `onnx-int4-fused`, whose adapters can be swapped, through
+  `onnxruntime-genai`, which loads our operators. The mix is of two adapters. **ours, stock operators** is one of
+  `onnx-int4`, which needs nothing of ours; the goals are about the first.
 - **builder** is `onnxruntime_genai.models.builder` through the same driver, with its LM head pruned to
   the last token as ours is. It bakes an adapter in, as int4, for good.
 - **ours (ExecuTorch)** is one package of the recipe `executorch-8da4w` in the native runner, with fp16
