@@ -169,7 +169,7 @@ def check(adapter: Factored, basis: Tensors, linears: Mapping[str, tuple[int, in
             shapes[name] = tensor.shape
         rows, columns = linears[site]
         r, c = (*shapes[names.down], 0)[0], (*shapes[names.up], 0, 0)[1]
-        wanted = {names.down: [(r, columns)], names.up: [(rows, c)]}
+        wanted: dict[str, list[tuple[int, ...]]] = {names.down: [(r, columns)], names.up: [(rows, c)]}
         if names.core is not None:
             wanted[names.core] = [(c, r), *([(r,)] if c == r else [])]
         elif c != r:

@@ -133,7 +133,7 @@ class Linear(nn.Module):
     ) -> None:
         """own: how the base itself reads x, where that is not for a recipe to say."""
         super().__init__()
-        self.own = own
+        self.own: Activations | None = own
         self.site = site
         self.out_features, self.in_features = held.weight.shape
         held.register(self)
@@ -586,7 +586,7 @@ def _heads(
             wanted = f"q and o of a multiple of the {size} features that k and v share a head of"
             raise BundleError(mismatch("base/", f"{owner}: q, k, v, o", wanted, ", ".join(map(str, widths))))
         attention = lm.get_submodule(owner)
-        attention.num_key_value_groups = heads // kv_heads
+        attention.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]  # torch: tensors and modules
         found[attention.layer_idx] = (heads, kv_heads)  # type: ignore[index]
     return found
 

@@ -246,8 +246,11 @@ class Package:
     def require_mixable(self, mix: Mapping[str, float]) -> None:
         """Refuse a mix of adapters that no formula adds up."""
         on = {identifier: gate for identifier, gate in mix.items() if gate != 0.0}
-        kinds = {identifier: self.adapter(identifier).kind for identifier in on}
-        require_mixable({name: "rows" if kind is UNSET else kind for name, kind in kinds.items()}, on)
+        kinds: dict[str, Kind] = {}
+        for identifier in on:
+            kind = self.adapter(identifier).kind
+            kinds[identifier] = "rows" if isinstance(kind, UnsetType) else kind
+        require_mixable(kinds, on)
 
     def require_fingerprint(self, adapter: str, fingerprint: str) -> None:
         """Refuse an adapter that was trained for another base."""

@@ -286,7 +286,7 @@ def _push(shell: Shell, files: Mapping[str, Path], progress: Progress) -> None:
             GzipFile(fileobj=pipe, mode="wb", compresslevel=1) as zipped,
             tarfile.open(fileobj=zipped, mode="w|") as archive,
         ):
-            archive.copybufsize = STEP
+            archive.copybufsize = STEP  # type: ignore[attr-defined]  # the attribute that its constructor sets
             for name, path in files.items():
                 entry = tarfile.TarInfo(name)
                 entry.size, entry.mode = path.stat().st_size, 0o755

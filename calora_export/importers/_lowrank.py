@@ -176,8 +176,9 @@ def collapse(branches: Sequence[SiteBranch], linears: Mapping[str, tuple[int, in
         first, sites = members[0], collapse_sites([member.site for member in members], linears)
         down: tuple[Literal["down"], ...] = ("down",) if first.down_at else ()
         up: tuple[Literal["up"], ...] = ("up",) if first.up_at else ()
-        shared = (*down, *up), first.basis, first.experts
-        collapsed.append(Branch(first.role, sites, first.r, first.alpha, first.scale, first.act, *shared))
+        shares: tuple[Literal["down", "up"], ...] = (*down, *up)
+        parts = first.role, sites, first.r, first.alpha, first.scale, first.act
+        collapsed.append(Branch(*parts, shares, first.basis, first.experts))
     return tuple(collapsed)
 
 

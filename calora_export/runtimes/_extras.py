@@ -56,11 +56,12 @@ def arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
                 bias[0, :-1] = NEVER
                 continue
             count = len(router.weight)
-            made[f"{scope}.router"][:count] = router.weight
+            np.copyto(made[f"{scope}.router"][:count], router.weight)
             bias[:, :count] = router.bias
             bias[0, count:] = NEVER
     if slots.routed is not UNSET:
-        made[SELECT] = np.float32(np.arange(slots.routed.experts)[:, None] == adapter.experts_of_rows())
+        chosen = np.arange(slots.routed.experts)[:, None] == adapter.experts_of_rows()
+        made[SELECT] = chosen.astype(np.float32)
     return made
 
 

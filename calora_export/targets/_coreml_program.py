@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,12 @@ from calora_export.routers import Router
 with quiet.absent("executorch", "sklearn", "tensorflow", "torchao", "xgboost"):  # seconds, 250 MB and nothing we use
     import coremltools as ct
     from coremltools.converters.mil.converter import mil_convert
-    from coremltools.converters.mil.mil import Builder as mb
-    from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
+    from coremltools.converters.mil.mil import Builder, Function, Program, Var, get_new_symbol, types
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
+# What is made at run time, or annotated otherwise than it is used, a type checker can not know.
+mb: Any = Builder
+DEDUPLICATE: Any = PASS_REGISTRY["common::const_deduplication"]
 TARGET = ct.target.iOS18
 DTYPES = {np.int32: types.int32, np.float16: types.fp16}
 DATED = "com.github.apple.coremltools.conversion_date"
@@ -103,7 +106,7 @@ def build(inputs: Sequence[Input], states: Sequence[State], bodies: Mapping[str,
     if len(bodies) > 1:
         program.default_function_name = next(iter(bodies))
         program.export_as_multifunction = True
-        PASS_REGISTRY["common::const_deduplication"]._deduplicate_const_across_functions(program)
+        DEDUPLICATE._deduplicate_const_across_functions(program)
     return program
 
 
@@ -124,9 +127,8 @@ def _function(inputs: Sequence[Input], states: Sequence[State], body: Body) -> F
             value.name = name
         function.set_outputs(list(outputs.values()))
     ranges = {name: ct.RangeDim(1, size.most) for name, size in lengths.items() if not size.only}
-    function.set_input_types(
-        tuple(ct.TensorType(given.name, _shape(given.shape, ranges), given.dtype) for given in inputs)
-    )
+    kinds: Any = tuple(ct.TensorType(given.name, _shape(given.shape, ranges), given.dtype) for given in inputs)
+    function.set_input_types(kinds)
     return function
 
 
@@ -144,7 +146,7 @@ def save(
 ) -> None:
     """Write the package. The same program gives the same bytes."""
     with stage("writing the model"), quiet.libraries():
-        model = mil_convert(
+        model: Any = mil_convert(
             program,
             convert_from="milinternal",
             convert_to="mlprogram",
@@ -163,7 +165,7 @@ def save_traced(router: Router, path: Path) -> None:
     tokens = torch.export.Dim("tokens", min=1, max=LONGEST_TEXT)
     with stage("converting the router"), torch.no_grad(), quiet.libraries():
         traced = torch.export.export(router.eval(), (example,), dynamic_shapes={"ids": {1: tokens}}, strict=False)
-        model = ct.convert(
+        model: Any = ct.convert(
             traced.run_decompositions({}),
             outputs=[ct.TensorType("gates")],
             minimum_deployment_target=TARGET,
@@ -205,5 +207,5 @@ def _settle(package: Path) -> None:
     manifest["rootModelIdentifier"] = renamed[manifest["rootModelIdentifier"]]
     (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
     file = mlpackage.model_file(package)
-    spec = mlpackage.read_spec(package)
+    spec: Any = mlpackage.read_spec(package)
     file.write_bytes(spec.SerializeToString(deterministic=True))

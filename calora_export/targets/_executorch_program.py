@@ -88,7 +88,7 @@ class Program:
         output, named = self._named.get_named_data_store_output(), []
         for key, entry in output.pte_data.items():
             named.append(schema.NamedData(key, len(segments)))
-            segments.append(blobs.place(output.buffers[entry.buffer_index]))
+            segments.append(blobs.place(output.buffers[entry.buffer_index]))  # type: ignore[arg-type]
         program = schema.Program(
             version=0,
             execution_plan=self._plans,

@@ -166,8 +166,8 @@ class Subgraph:
         )
         return self._value(weight.values.shape, Kind.xnn_datatype_qbint4, buffer, quant)
 
-    def binary(self, node: type[schema.XNNNode2x1], a: Value, b: Value) -> Value:
-        """Elementwise with broadcasting."""
+    def binary(self, node: type, a: Value, b: Value) -> Value:
+        """Elementwise with broadcasting; one of the schema's XNNNode2x1."""
         y = self._value(_broadcast(a.shape, b.shape))
         self._node(node(a.number, b.number, y.number, 0))
         return y
@@ -181,7 +181,8 @@ class Subgraph:
     def subtract(self, a: Value, b: Value) -> Value:
         return self.binary(schema.XNNSubtract, a, b)
 
-    def unary(self, node: type[schema.XNNNode1x1], x: Value) -> Value:
+    def unary(self, node: type, x: Value) -> Value:
+        """One of the schema's XNNNode1x1."""
         y = self._value(x.shape)
         self._node(node(x.number, y.number, 0))
         return y
