@@ -1,11 +1,11 @@
-"""The command line: parses, calls the library, prints. Nothing else in this package prints or exits."""
+"""The command line: parses, calls the library, has `screen` print. Nothing else in this package prints or exits."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from inspect import Parameter, signature
 from pathlib import Path
@@ -13,24 +13,30 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from calora_export import importers
 from calora_export.errors import CaloraError
+from calora_export.screen import (
+    emit,
+    err,
+    megabytes,
+    out,
+    show_budget,
+    show_bundle,
+    show_comparison,
+    show_joint,
+    show_latency,
+    show_package,
+    show_report,
+    show_rows,
+)
 from calora_export.version import VERSION
 
 if TYPE_CHECKING:
-    from calora_export.comparison import Comparison
     from calora_export.generation import Chat
-    from calora_export.inspection import BundleView, CoremlView, PackageView
-    from calora_export.neural_engine import Finding
-    from calora_export.package import JointBasis
     from calora_export.pipeline import Progress
-    from calora_export.report import BudgetRow, Latency, Report, Speed
     from calora_export.runtimes import Mix
 
 WRONG_INPUT, FAILED = 1, 3
@@ -41,9 +47,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Without emoji: `apple:x: …` is the name of a device.
-out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[
@@ -373,271 +376,6 @@ def import_command(run: Callable[..., importers.Imported]) -> Callable[..., None
     command.__annotations__ = {name: parameter.annotation for name, parameter in own.parameters.items()} | switches
     command.__doc__ = (run.__doc__ or "").partition("\n\n")[0]
     return command
-
-
-# ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def emit(document: object) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
-
-
-def show_rows(entries: Sequence[dict[str, str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in entries[0] if entries else ():
-        table.add_column(escape(column), overflow="fold")
-    for entry in entries:
-        table.add_row(*map(escape, entry.values()))
-    out.print(table)
-
-
-def show_bundle(view: BundleView) -> None:
-    base = view.base
-    stored = ", ".join(f"{count} {kind}" for kind, count in base.stored.items())
-    show_rows(
-        [
-            {
-                "bundle": "base",
-                view.name: f"{base.architecture}, {base.parameters:,} parameters, {megabytes(base.bytes)}",
-            },
-            {"bundle": "compression", view.name: "; ".join(base.compression) or "none"},
-            {"bundle": "weights", view.name: stored},
-            {"bundle": "fingerprint", view.name: base.fingerprint},
-        ]
-    )
-    show_adapters(view)
-
-
-def show_joint(joint: JointBasis) -> None:
-    """What compressing adapters into a basis saved, and what it cost each of them."""
-    whole = joint.bytes + sum(entry.bytes for entry in joint.adapters)
-    plain = sum(entry.plain_bytes for entry in joint.adapters)
-    worst = max(entry.error for entry in joint.adapters)
-    out.print(
-        f"Joint basis: {len(joint.adapters)} adapters in {megabytes(whole)}, {megabytes(joint.bytes)} of it shared; "
-        f"as plain LoRAs {megabytes(plain)}. Largest error {worst:.3%}.",
-        markup=False,
-    )
-    if joint.kept:
-        out.print(f"Left as they are, since they are not linear: {', '.join(joint.kept)}.", markup=False)
-    out.print()
-    show_rows(
-        [
-            {
-                "adapter": entry.id,
-                "error": f"{entry.error:.3%}",
-                "bytes": f"{entry.bytes:,}",
-                "as plain LoRA": f"{entry.plain_bytes:,}",
-            }
-            for entry in joint.adapters
-        ]
-    )
-
-
-def show_package(view: PackageView) -> None:
-    model = view.model
-    size = sum(entry.size for entry in view.files.values())
-    changed = (
-        f"{len(view.represented)} weights not exactly the bundle's" if view.represented else "the bundle's own weights"
-    )
-    show_rows(
-        [
-            {"package": "target", view.name: f"{view.target}, recipe {view.recipe}, {megabytes(size)}"},
-            {
-                "package": "model",
-                view.name: f"{model.architecture}, {model.layers} layers, {model.context} positions",
-            },
-            {"package": "weights", view.name: changed},
-            {"package": "slots", view.name: f"{view.slots} sites, gate {view.gate}"},
-            {"package": "base", view.name: view.base_fingerprint},
-        ]
-    )
-    show_adapters(view)
-    if view.coreml is not None:
-        show_coreml(view.coreml)
-    out.print()
-    show_rows(
-        [
-            {"file": name, "size": megabytes(entry.size), "sha256": entry.sha256[:16]}
-            for name, entry in view.files.items()
-        ]
-    )
-
-
-def show_coreml(view: CoremlView) -> None:
-    for name, part in view.parts.items():
-        systems = ", ".join(f"{system} {version}" for system, version in part.os.items())
-        shares = (
-            f"weights {megabytes(part.weights)}, states {megabytes(part.states)}, "
-            f"inputs {megabytes(part.inputs)}, activations {megabytes(part.activations)}"
-        )
-        why = ", because" if part.findings else ""
-        out.print()
-        show_rows(
-            [
-                {"Core ML": "needs", name: f"{systems} or newer"},
-                {"Core ML": "memory", name: f"{megabytes(part.memory)} at the most: {shares}"},
-                {"Core ML": "if expanded", name: f"weights {megabytes(part.expanded)}, where a compute unit does that"},
-                {"Core ML": "functions", name: ", ".join(part.functions)},
-                {"Core ML": "operators", name: f"{sum(part.operators.values())}: {counts(part.operators)}"},
-                {"Core ML": "off the engine", name: f"{part.off_engine} of them on the CPU or GPU{why}"},
-                *({"Core ML": entry.rule, name: explain(entry)} for entry in part.findings),
-                *({"Core ML": "warning", name: line} for line in part.warnings),
-            ]
-        )
-    out.print()
-    show_rows(
-        [
-            {
-                "device": name,
-                "suits": "no" if verdict.problems else "yes",
-                "": "; ".join((*verdict.problems, *verdict.warnings)),
-            }
-            for name, verdict in view.devices.items()
-        ]
-    )
-
-
-def explain(finding: Finding) -> str:
-    return f"{finding.reason} ({finding.basis}): {counts(finding.operators)}"
-
-
-def counts(operators: Mapping[str, int], most: int = 8) -> str:
-    """The most frequent ones."""
-    shown = [f"{name} {count}" for name, count in list(operators.items())[:most]]
-    return ", ".join([*shown, "…"] if len(operators) > most else shown)
-
-
-def show_adapters(view: BundleView | PackageView) -> None:
-    out.print()
-    show_rows(
-        [
-            {
-                "adapter": entry.id,
-                "task": entry.task,
-                "branches": ", ".join(entry.branches),
-                "sites": str(entry.sites),
-                "rank": str(entry.rank),
-                "size": megabytes(entry.bytes),
-            }
-            for entry in view.adapters
-        ]
-    )
-    out.print()
-    router = view.router
-    if router is None:
-        out.print("router: none")
-    else:
-        text = f"{router.kind}, {router.classes} classes, per {router.granularity}, {router.selection}"
-        out.print(f"router: {text}, {megabytes(router.bytes)}")
-
-
-def show_report(made: Report, directory: Path) -> None:
-    show_rows(
-        [
-            {
-                "case": row.case,
-                "against": row.against,
-                "max abs": number(max(row.prefill_max_abs or 0, row.decode_max_abs or 0)),
-                "KL": number(row.kl_max),
-                "top-1": number(row.top1_agreement),
-                "SQNR dB": number(row.sqnr_db),
-                "effect": number(row.effect_ratio),
-                "": "ok" if row.passed else "FAILED",
-            }
-            for row in made.parity
-        ]
-    )
-    out.print()
-    if made.tasks:
-        rounded = any(row.target is not None for row in made.tasks)
-        show_rows(
-            [
-                {"task": row.adapter, "metric": row.metric, "as trained": number(row.source)}
-                | ({"as rounded": number(row.target)} if rounded else {})
-                | {"device": number(row.device), "": "ok" if row.passed else "FAILED"}
-                for row in made.tasks
-            ]
-        )
-        if rounded:
-            costs = [(row.target or 0.0) - (row.source or 0.0) for row in made.tasks]
-            out.print(f"what the recipe rounded costs {sum(costs) / len(costs):+.2f} points on average")
-        out.print()
-    words = {True: "yes", False: "NO", None: "–"}
-    safety = {name: words[getattr(made.safety, name)] for name in made.safety.__struct_fields__}
-    out.print("  ".join(f"{name} {value}" for name, value in safety.items()))
-    if made.router is not None:
-        equal = "all equal" if made.router.decisions_equal else "NOT equal"
-        out.print(f"router: {made.router.cases} decisions {equal}, accuracy {number(made.router.accuracy)}")
-    show_latency(made.latency, made.speed)
-    show_budget(made.budget)
-    if made.sample is not None:
-        out.print(f"{made.sample.checked} of {made.sample.of} adapters were compared, evenly spaced; no other was.")
-    for problem in made.problems:
-        out.print(f"[red]✗[/red] {escape(problem)}", highlight=False)
-    if made.device.emulated:
-        out.print("An emulated device: its times mean nothing and are not to be compared.")
-    verdict = "[green]PASSED[/green]" if made.passed else "[red]FAILED[/red]"
-    page = escape(str(directory / "report.html"))
-    out.print(f"{verdict} {escape(made.package)} on {made.device.name}. Report: {page}")
-
-
-def show_latency(made: Latency, speed: Speed | None) -> None:
-    mapped = f", mapped files {number(speed.mapped_mb)} MB" if speed is not None and speed.mapped_mb else ""
-    out.print(
-        f"load {number(made.load_ms)} ms  swap p50 {number(made.swap_ms.p50)} ms  "
-        f"prefill {number(made.prefill_tok_s)} tok/s  decode {number(made.decode_tok_s)} tok/s  "
-        f"adapter tax {number(made.adapter_tax)}  mix of 2 {number(made.mix2_tax)}  "
-        f"router {number(made.router_ms)} ms  peak {number(made.peak_rss_mb)} MB{mapped}  ({made.threads} threads)",
-        highlight=False,
-    )
-    if speed is not None and speed.lengths:
-        lengths = "  ".join(
-            f"{row.tokens}: {number(row.prefill_tok_s)}, then {number(row.decode_tok_s)}" for row in speed.lengths
-        )
-        out.print(f"tok/s by length, prefill, then decode  {lengths}", highlight=False)
-
-
-def show_budget(rows: Sequence[BudgetRow]) -> None:
-    words = {True: "ok", False: "OVER", None: "not judged"}
-    if rows:
-        out.print(
-            "budget "
-            + "  ".join(f"{row.name} {number(row.found)} of {row.limit:g} {words[row.passed]}" for row in rows),
-            highlight=False,
-        )
-
-
-def show_comparison(made: Comparison) -> None:
-    show_rows(
-        [
-            {
-                "": row.name,
-                "A": row.a if isinstance(row.a, str) else number(row.a),
-                "B": row.b if isinstance(row.b, str) else number(row.b),
-                "change": "–" if row.change is None else f"{100 * row.change:+.1f} %",
-                " ": "WORSE" if row.worse else "" if row.judged else "not judged",
-            }
-            for row in made.rows
-        ]
-    )
-    out.print()
-    for line in made.notes:
-        out.print(f"note: {line}", markup=False, highlight=False)
-    stated = "  ".join(f"{name} {value:g}" for name, value in made.tolerances.items())
-    out.print(f"tolerances: {stated}", highlight=False)
-    if made.regressions:
-        out.print(f"[red]WORSE[/red] in {len(made.regressions)}: {escape(', '.join(made.regressions))}")
-    else:
-        out.print("[green]NOT WORSE[/green]")
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} B"
 
 
 @contextlib.contextmanager

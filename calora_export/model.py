@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from unittest.mock import patch
@@ -23,6 +23,7 @@ from calora_export.adapters import Adapter
 from calora_export.bundle import Bundle, read_base_config
 from calora_export.compression import Activations, DenseWeight, PackedWeight
 from calora_export.errors import BundleError, UnsupportedError, mismatch
+from calora_export.heads import head_size, heads_by_layer
 from calora_export.moefied import Experts
 
 with quiet.libraries():  # it imports every quantiser that is installed, and these talk
@@ -34,7 +35,6 @@ WeightOf = Callable[[str], Weight]
 
 ATTENTION = "calora"
 PROBE = 8
-_PROJECTIONS = (".q_proj", ".k_proj", ".v_proj", ".o_proj")
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ def compose(bundle: Bundle, weight_of: WeightOf, *, context: int, activations: A
     left = [name for name, tensor in lm.named_parameters() if tensor.is_meta]
     if left:
         raise BundleError(mismatch("base/", left[0], "a tensor of that name", "none"))
-    heads = _heads(lm, linears, bundle.structured)
+    heads = heads_by_layer(lm, linears, bundle.structured)
     expected = _library_logits(lm)
     _replace_norms(lm)
     _replace_rotary(lm, context)
@@ -569,37 +569,11 @@ def _group_by_input(model: SlotModel, linears: Mapping[str, Linear], activations
     model.groups = tuple(tuple(sites) for _, sites in runs)
 
 
-def _heads(
-    lm: transformers.PreTrainedModel, linears: Mapping[str, Linear], structured: Collection[str]
-) -> list[tuple[int, int]]:
-    """Query and key-value heads of every layer. Where pruning took some, LLM-Pruner (arXiv 2305.11627) keeps each as
-    wide as it was, and so do we count them; the library's own attention is told."""
-    config, size = lm.config, _head_dim(lm.config)
-    found = [(config.num_attention_heads, config.num_key_value_heads)] * config.num_hidden_layers
-    for owner in sorted({site.rpartition(".")[0] for site in structured if site.endswith(_PROJECTIONS)}):
-        if missing := [name for name in _PROJECTIONS if owner + name not in linears]:
-            raise UnsupportedError(mismatch("base/", owner, f"{missing[0][1:]}, which tells its heads", "none"))
-        query, key, value, output = (linears[owner + name] for name in _PROJECTIONS)
-        widths = query.out_features, key.out_features, value.out_features, output.in_features
-        heads, kv_heads = widths[0] // size, widths[1] // size
-        if not kv_heads or heads % kv_heads or widths != (heads * size, kv_heads * size, kv_heads * size, heads * size):
-            wanted = f"q and o of a multiple of the {size} features that k and v share a head of"
-            raise BundleError(mismatch("base/", f"{owner}: q, k, v, o", wanted, ", ".join(map(str, widths))))
-        attention = lm.get_submodule(owner)
-        attention.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]  # torch: tensors and modules
-        found[attention.layer_idx] = (heads, kv_heads)  # type: ignore[index]
-    return found
-
-
-def _head_dim(config: transformers.PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _shape(config: transformers.PretrainedConfig, heads: Sequence[tuple[int, int]], context: int) -> Shape:
     return Shape(
         heads=tuple(query for query, _ in heads),
         kv_heads=tuple(key for _, key in heads),
-        head_dim=_head_dim(config),
+        head_dim=head_size(config),
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         context=context,

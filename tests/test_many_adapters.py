@@ -109,6 +109,7 @@ def test_the_router_selects_from_a_thousand_classes(exported: Exported) -> None:
         assert np.array_equal(np.flatnonzero(found), np.flatnonzero(expected.gates)) or expected.margin < 1e-6
 
 
+@pytest.mark.heavy  # it measures
 def test_a_swap_is_as_fast_as_among_a_few(exported: Exported) -> None:
     """Processor time of one swap between two adapters that were used before, the median of many."""
 
