@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from calora_export.errors import PackageError
 from calora_export.jobs import Conditions
+from calora_export.latency import UNMEASURED
 from calora_export.report import (
     BudgetRow,
     DeviceInfo,
@@ -462,19 +463,7 @@ def test_an_emulated_device_is_marked():
 
 
 def test_the_least_report_renders():
-    nothing = Latency(
-        load_ms=None,
-        swap_ms=Swap(p50=None, p90=None),
-        first_token_after_swap_ms=None,
-        prefill_tok_s=None,
-        decode_tok_s=None,
-        adapter_tax=None,
-        mix2_tax=None,
-        router_ms=None,
-        peak_rss_mb=None,
-        threads=1,
-        samples=0,
-    )
+    nothing = msgspec.structs.replace(UNMEASURED, threads=1)
     least = msgspec.structs.replace(
         PASSED, parity=(BASE,), router=None, tasks=(), latency=nothing, versions={}, tolerances={}
     )
