@@ -3,7 +3,9 @@
     w = softmax(W_gate x / T) + b        x: the layer's input, before its norm
     y = base(x') + Σ_k w_k s_k B_k A_k x'        for every linear of the layer, with the same w
 
-The authors' code saves `encoder.layers.<i>.lora_fusion_gate.weight` [k, hidden] and, beside it, `weight_bias` [k].
+The authors' code (github.com/thunlp/LoRAFlow) saves `encoder.layers.<i>.lora_fusion_gate.weight` [k, hidden] and,
+beside it, `weight_bias` [1, k]. It trains with T = 1 (train/ModelCenter/model_center/layer/blocks.py) and evaluates
+with 1.1 where the gate is zh_math or ru_math, and with 1 elsewhere (UltraEval/URLs/url.py). The paper's has no T.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from calora_export.manifest import check_id
 from calora_export.sites import natural_key, owners
 
 Id = Annotated[str, typer.Option("--id", help="The id of the one adapter that they become.", show_default=False)]
-Temperature = Annotated[float, typer.Option(min=1e-6, help="T as trained: what divides the gate's scores.")]
+Temperature = Annotated[
+    float, typer.Option(min=1e-6, help="What divides the gate's scores; the authors run zh_math and ru_math with 1.1.")
+]
 
 GATE, BIAS = "lora_fusion_gate.weight", "weight_bias"
 _KEY = re.compile(rf"(?:.*\.)?layers\.(\d+)\.({re.escape(GATE)}|{BIAS})")
@@ -74,6 +78,11 @@ def _routers(
             if part not in keys:
                 raise state.wrong(f"encoder.{name.partition('.')[2]}.{part}", "a tensor", "nothing")
         features = (*state.shape(keys[GATE]), 0, 0)[1]
-        weight, bias = state.take(keys[GATE], (count, features)), state.take(keys[BIAS], (count,))
+        weight, bias = state.take(keys[GATE], (count, features)), _bias(state, keys[BIAS], count)
         routers[name] = weight / np.float32(temperature), np.stack([np.zeros_like(bias), bias])
     return routers
+
+
+def _bias(state: StateDict, key: str, count: int) -> np.ndarray:
+    """[count]"""
+    return state.take(key, (count,) if len(state.shape(key)) == 1 else (1, count)).reshape(count)

@@ -291,7 +291,7 @@ def lora_flow(sites: Sites, directory: Path, hidden: int, temperature: float) ->
     state = {}
     for layer in layers:
         state[f"encoder.layers.{layer}.lora_fusion_gate.weight"] = torch.randn(2, hidden)
-        state[f"encoder.layers.{layer}.weight_bias"] = torch.randn(2) * 0.3
+        state[f"encoder.layers.{layer}.weight_bias"] = torch.randn(1, 2) * 0.3
     torch.save(state, directory / "gate.pt")
 
     def gate(name: str, x: Tensor) -> Tensor:

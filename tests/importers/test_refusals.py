@@ -65,6 +65,8 @@ def test_lora_flow(base: Path, tmp_path: Path) -> None:
         {"weight": torch.zeros(2)}
     )
     assert f"{first}: expected [2, 64], found [3, 64]" in line(gates | {first: torch.zeros(3, HIDDEN)})
+    bias = "encoder.layers.1.weight_bias"
+    assert f"{bias}: expected [1, 2], found [1, 3]" in line(gates | {bias: torch.zeros(1, 3)})
     assert "expected gates of 2 layers, found of 1" in line({k: v for k, v in gates.items() if ".1." not in k})
     assert f"{first}: expected a tensor, found nothing" in line({k: v for k, v in gates.items() if k != first})
     assert "token_router: expected 64 features, found [32]" in line(
