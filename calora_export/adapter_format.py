@@ -24,6 +24,7 @@ from calora_export.tensors import FLOATS, TensorIndex
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 
 _PREFIX = "base_model.model."
 _SUFFIXES: Mapping[Role, tuple[str, str]] = {
@@ -168,9 +169,9 @@ def read_config(directory: Path, label: str) -> PeftConfig:
 def open_weights(directory: Path, label: str) -> TensorIndex:
     """adapter_model.safetensors of `directory`; pickles are refused with the way out."""
     if not (directory / WEIGHTS).is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
-        found = "adapter_model.bin" if pickled else "nothing"
-        hint = "pickles are not loaded: save_pretrained it again with PEFT" if pickled else ""
+        pickled = (directory / PICKLED).is_file()
+        found = PICKLED if pickled else "nothing"
+        hint = "pickles are not loaded: import peft makes safetensors of it" if pickled else ""
         raise BundleError(mismatch(f"{label}/{WEIGHTS}", "file", "a safetensors file", found, hint))
     return TensorIndex.open(directory, label)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calora_export.adapter_format import CONFIG, PICKLED, WEIGHTS
 from calora_export.errors import BundleError, mismatch
 from calora_export.strict_json import plain
 
@@ -95,6 +99,24 @@ def read(file: Path, prefix: str = "") -> Checkpoint:
         raise BundleError(mismatch(file, "checkpoint", "a file", "a directory" if file.is_dir() else "nothing"))
     state = _safetensors(file) if file.suffix == ".safetensors" else _pickle(file)
     return Checkpoint(file, {name.removeprefix(prefix): tensor for name, tensor in state.items()})
+
+
+@contextmanager
+def peft_directory(source: Path) -> Iterator[Path]:
+    """`source`; or, where its weights are a pickle, as PEFT's older versions wrote them, a copy with safetensors.
+
+    BundleError as `read`.
+    """
+    if (source / WEIGHTS).is_file() or not (source / PICKLED).is_file():
+        yield source
+        return
+    from safetensors.torch import save_file
+
+    state = read(source / PICKLED).tensors
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(source / CONFIG, Path(scratch) / CONFIG)
+        save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, Path(scratch) / WEIGHTS)
+        yield Path(scratch)
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:

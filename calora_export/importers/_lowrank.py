@@ -18,6 +18,7 @@ import numpy as np
 
 from calora_export import adapter_format
 from calora_export.adapter_format import SiteBranch
+from calora_export.importers._checkpoint import peft_directory
 from calora_export.manifest import Branch, Role
 from calora_export.sites import collapse_sites, natural_key
 
@@ -115,10 +116,12 @@ def add(adapters: Sequence[Mapping[str, Pair]]) -> dict[str, Pair]:
 def read(directory: Path, linears: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
     """The plain LoRA of a PEFT directory, checked against the base's layers."""
     label = str(directory)
-    config, tensors = adapter_format.read_config(directory, label), adapter_format.open_weights(directory, label)
-    branches = adapter_format.stored_branches(tensors, config)
-    adapter_format.check_tensors(tensors, branches, linears)
-    return {b.site: Pair(tensors.float32(b.down), tensors.float32(b.up), b.scale) for b in branches}
+    config = adapter_format.read_config(directory, label)
+    with peft_directory(directory) as place:
+        tensors = adapter_format.open_weights(place, label)
+        branches = adapter_format.stored_branches(tensors, config)
+        adapter_format.check_tensors(tensors, branches, linears)
+        return {b.site: Pair(tensors.float32(b.down), tensors.float32(b.up), b.scale) for b in branches}
 
 
 def write(adapter: LowRank, directory: Path, linears: Mapping[str, tuple[int, int]]) -> tuple[Branch, ...]:

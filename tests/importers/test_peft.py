@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calora_export import bundle
@@ -161,6 +162,26 @@ def test_only_the_shards_of_the_index_are_taken(
     assert fingerprint == bundle.load(base.parent).manifest.base.fingerprint, "sharding does not change it"
 
 
+def test_a_pickle_as_older_peft_wrote_it_is_the_same_adapter(
+    base: Path, trained: dict[str, tuple[Path, dict]], tmp_path: Path
+) -> None:
+    source = shutil.copytree(trained["plain"][0], tmp_path / "in" / "plain")
+    tensors = load_file(source / "adapter_model.safetensors")
+    (source / "adapter_model.safetensors").unlink()
+    torch.save(tensors, source / "adapter_model.bin")
+    import_peft(base, [source], tmp_path / "pickle", None)
+    import_peft(base, [trained["plain"][0]], tmp_path / "safetensors", None)
+    kept = [bundle.load(tmp_path / name, deep=True) for name in ("pickle", "safetensors")]
+    assert kept[0].manifest.adapters == kept[1].manifest.adapters
+    stored = [load_file(b.path / "adapters/plain/adapter_model.safetensors") for b in kept]
+    assert stored[0].keys() == stored[1].keys() and all(torch.equal(stored[0][k], stored[1][k]) for k in stored[0])
+    evil = type("E", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "mark",))})()
+    torch.save({"x": evil}, source / "adapter_model.bin")
+    with pytest.raises(BundleError, match="adapter_model.bin: file: expected a state dict of tensors"):
+        import_peft(base, [source], tmp_path / "out", None)
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()
+
+
 Damage = Callable[[Path, Path], object]
 
 
@@ -180,7 +201,7 @@ def _hqq(base: Path, adapter: Path) -> None:
 
 
 def _no_weights(base: Path, adapter: Path) -> None:
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +215,7 @@ def _no_weights(base: Path, adapter: Path) -> None:
         (
             _no_weights,
             BundleError,
-            ("expected a safetensors file, found adapter_model.bin", "save_pretrained it again"),
+            ("adapter_model.safetensors: file: expected a safetensors file, found nothing",),
         ),
         (_wrong_rank, BundleError, ("lora_A.weight: expected [5, 64], found [4, 64]",)),
         (
