@@ -8,7 +8,7 @@ match with that base as it is, as recipes hold it, and as exporters make it that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -24,10 +24,11 @@ from calora_export.compression import DenseWeight, PackedWeight, quantize_symmet
 from calora_export.demo.adapting import adapt, adapted_sites
 from calora_export.demo.plan import Plan
 from calora_export.demo.tasks import TASKS, Example, held_out_examples
-from calora_export.demo.tokenizing import encode
+from calora_export.demo.tokenizing import IGNORED, encode
 from calora_export.demo.training import answered, task_loss
 from calora_export.weights import Weights
 
+BATCH = 50
 WeightOf = Callable[[str], DenseWeight | PackedWeight]
 
 
@@ -46,6 +47,11 @@ class Row:
     def scores(self) -> dict[str, float]:
         """Exact match in percent."""
         return {task: 100 * sum(right) / len(right) for task, right in self.right.items()}
+
+    @property
+    def mean(self) -> float:
+        """Of the tasks' scores."""
+        return float(np.mean(list(self.scores.values())))
 
 
 def variants(bundle: Bundle) -> dict[str, WeightOf]:
@@ -84,30 +90,46 @@ def measure(bundle: Bundle, name: str, weight_of: WeightOf, prompts: int = 0) ->
             for branch, parameter in module.branches().items():
                 parameter.copy_(stored[f"base_model.model.{site}.{branch}.weight"].float())
         lines = (bundle.path / task.eval).read_text().splitlines()
-        examples = [Example(**_line(line)) for line in lines]
+        examples = [Example(**msgspec.json.decode(line)) for line in lines]
         if prompts:
             drawn = next(known for known in TASKS if known.id == task.id)
             examples = held_out_examples(drawn, prompts, Plan().seed + 1)
-        right[task.id] = answered(adapted, tokenizer, examples)
-        ids, labels = encode(tokenizer, examples)
-        losses[task.id] = float(task_loss(adapted(input_ids=ids).logits, labels))
+        right[task.id], losses[task.id] = _scored(adapted, tokenizer, examples)
     return Row(name, float(np.mean(kept)), right, losses)
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown; the mean of all tasks, what it costs against the first row in points, how many answers were lost and
-    won against that row with the sign test's p, and the loss."""
-    tasks = list(rows[0].scores)
-    means = [float(np.mean(list(row.scores.values()))) for row in rows]
-    cells = [["base", "kept of the linear layers", *tasks, "mean", "points", "lost, won", "loss"]]
-    cells.append(["---", *["---:"] * (len(tasks) + 5)])
-    for row, mean in zip(rows, means, strict=True):
+def _scored(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]
+) -> tuple[list[bool], float]:
+    """Which examples are answered, and the loss per token of all answers; BATCH at a time, for the caches."""
+    ids, labels = encode(tokenizer, examples)
+    right: list[bool] = []
+    losses = []
+    for some, wanted in zip(ids.split(BATCH), labels.split(BATCH), strict=True):
+        logits = model(input_ids=some).logits
+        right += answered(logits, wanted)
+        losses.append(task_loss(logits, wanted) * (wanted != IGNORED).sum())
+    return right, float(torch.stack(losses).sum() / (labels != IGNORED).sum())
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """The lines of a Markdown table, each as soon as its row is there: the mean of all tasks, what it costs against the
+    first row in points, how many answers were lost and won against that row with the sign test's p, and the loss."""
+    first: Row | None = None
+    for row in rows:
+        if first is None:
+            first = row
+            yield _line(["base", "kept of the linear layers", *row.scores, "mean", "points", "lost, won", "loss"])
+            yield _line(["---", *["---:"] * (len(row.scores) + 5)])
         kept = "all" if row.kept > 200 else f"{row.kept:.1f} dB"
-        scores = [f"{row.scores[task]:.1f}" for task in tasks]
+        scores = [f"{row.scores[task]:.1f}" for task in first.scores]
+        points = f"{row.mean - first.mean:+.2f}"
         loss = float(np.mean(list(row.losses.values())))
-        cells.append([row.name, kept, *scores, f"**{mean:.2f}**", f"{mean - means[0]:+.2f}"])
-        cells[-1] += [_changed(rows[0], row), f"{loss:.4f}"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        yield _line([row.name, kept, *scores, f"**{row.mean:.2f}**", points, _changed(first, row), f"{loss:.4f}"])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _changed(before: Row, after: Row) -> str:
@@ -115,10 +137,6 @@ def _changed(before: Row, after: Row) -> str:
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     tail = sum(math.comb(lost + won, count) for count in range(min(lost, won) + 1)) / 2 ** (lost + won)
     return f"{lost}, {won} (p {min(1.0, 2 * tail):.2g})" if lost + won else "none"
-
-
-def _line(line: str) -> dict[str, str]:
-    return msgspec.json.decode(line, type=dict[str, str])
 
 
 def _model(bundle: Bundle, weight_of: WeightOf) -> LlamaForCausalLM:
@@ -161,7 +179,7 @@ def _asymmetric(bundle: Bundle, module: str, group: int) -> DenseWeight | Packed
     return PackedWeight(q.astype(np.int8).reshape(rows, columns), scale, 4, group, zero.astype(np.int8))
 
 
-def measured(prompts: int = 0) -> str:
-    """The table of every variant of the committed bundle; a minute of one core, or as much longer as it has prompts."""
+def measured(prompts: int = 0) -> Iterator[str]:
+    """The table of every variant of the committed bundle; half a minute of one core, and longer with more prompts."""
     bundle = bundles.load(demo.BUNDLE)
-    return table([measure(bundle, name, weight_of, prompts) for name, weight_of in variants(bundle).items()])
+    return table(measure(bundle, name, weight_of, prompts) for name, weight_of in variants(bundle).items())

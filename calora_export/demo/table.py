@@ -52,7 +52,8 @@ def main() -> None:
     if sys.argv[1:2] == ["requantised"]:
         from calora_export.demo import requantised  # torch and transformers take seconds to import
 
-        print(requantised.measured(int(sys.argv[2]) if len(sys.argv) > 2 else 0))
+        for line in requantised.measured(int(sys.argv[2]) if len(sys.argv) > 2 else 0):
+            print(line, flush=True)  # half a table is worth minutes too
         return
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     print(table(msgspec.json.decode(path.read_bytes(), type=Results)))

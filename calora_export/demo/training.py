@@ -31,18 +31,18 @@ def percentage(right: list[bool]) -> float:
 @torch.no_grad()
 def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> float:
     """Percentage of examples that are `answered`."""
-    return percentage(answered(model, tokenizer, examples))
+    model.eval()
+    ids, labels = encode(tokenizer, examples)
+    return percentage(answered(model(input_ids=ids).logits, labels))
 
 
-def answered(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> list[bool]:
+def answered(logits: Tensor, labels: Tensor) -> list[bool]:
     """Of which examples the whole completion, end token included, is what greedy decoding would write.
 
     Feeding the true completion and comparing every argmax is the same test: until its first wrong
     token, greedy decoding has written just that.
     """
-    model.eval()
-    ids, labels = encode(tokenizer, examples)
-    guesses, wanted = model(input_ids=ids).logits.argmax(-1)[:, :-1], labels[:, 1:]
+    guesses, wanted = logits.argmax(-1)[:, :-1], labels[:, 1:]
     return ((guesses == wanted) | (wanted == IGNORED)).all(1).tolist()
 
 

@@ -36,7 +36,7 @@ def test_the_table_counts_points_against_the_first_row() -> None:
     a, b = [True] * 10, [True] * 8 + [False] * 2
     rows = [Row("as trained", 999.0, {"a": a, "b": b}, {"a": 0.1, "b": 0.3}),
             Row("again", 20.5, {"a": [False] * 6 + [True] * 4, "b": b[::-1]}, {"a": 0.2, "b": 0.4})]  # fmt: skip
-    lines = requantised.table(rows).splitlines()
+    lines = list(requantised.table(rows))
     assert lines[2] == "| as trained | all | 100.0 | 80.0 | **90.00** | +0.00 | none | 0.2000 |"
     again = "| again | 20.5 dB | 40.0 | 80.0 | **60.00** | -30.00 | 8, 2 (p 0.11) | 0.3000 |"
     assert lines[3] == again  # 2 · (1 + 10 + 45) / 1024
