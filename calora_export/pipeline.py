@@ -27,7 +27,6 @@ from calora_export.errors import (
     DeviceError,
     FingerprintError,
     PackageError,
-    UnsupportedError,
     mismatch,
 )
 from calora_export.manifest import check_id
@@ -207,9 +206,6 @@ class _Export:
         last_only = self.recipe.logits == "last"
         wanted = self._slots(composed)
         extras = self._extras(wanted)
-        if (extras.scaled or extras.scopes) and self.recipe.adapter_inputs == "functions":
-            expected, found = "adapters of rows alone, which functions hold", "scales of layers, or experts by token"
-            raise UnsupportedError(mismatch("recipe", "adapter_inputs", expected, found, "use optional"))
         traced = trace(composed, wanted, last_only=last_only, recovery=recovery, extras=extras)
         if columns is not UNSET:
             progress("compressing adapters")

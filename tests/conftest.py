@@ -92,7 +92,7 @@ def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
         (directory / "recipe.toml").write_text(text)
         return pipeline.export(bundle, directory / "package", str(directory / "recipe.toml")).path
 
-    return export
+    return functools.cache(export)
 
 
 @pytest.fixture(scope="session")

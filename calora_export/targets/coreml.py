@@ -81,7 +81,9 @@ def _inputs(graph: Graph, slots: Sequence[SlotTensor], recipe: Recipe) -> list[I
     ]
     if recipe.lengths:
         found.append(Input("position", (1,), np.int32, "How many positions are filled before the new tokens."))
-    if slots and recipe.adapter_inputs != "functions":
+    if recipe.adapter_inputs == "functions":
+        return found
+    if slots:
         rows, rank = sum(slot.inputs + slot.outputs for slot in slots), Flexible("rank", recipe.rank_budget)
         found += [
             Input("adapter", (rows, rank), HALF, "An adapter file's `rows`; of a mix, those of each, side by side."),
@@ -130,6 +132,7 @@ class _Lowering:
         self.sparse = sparse
         self.offsets = _offsets(slots)
         self.extras = graph.extras.sizes(graph.slots)
+        self.own = None if baked is None else _beside_rows(baked)
         self.roles = graph.roles()
         self.values: dict[tuple[Node, int], Var] = {}
         self.shared: dict[object, Var] = {}
@@ -160,19 +163,26 @@ class _Lowering:
         if node.op != "placeholder":
             return self.values[_nodes.member(node) if node.target is operator.getitem else (node, 0)]
         role = self.roles[node.name]
-        if role in self.extras:
-            return self._once(role, lambda: self._extra(role))
-        if role in ("gate", "select"):
-            return self.inputs[role]
+        if role in self.extras or role in ("gate", "select"):
+            return self._once(role, lambda: self._given(role))
         return self.inputs["inputIds"] if role == "ids" else self._held(role)
 
-    def _extra(self, role: str) -> Var:
-        """A part of the input `extras`, in its shape."""
+    def _given(self, role: str) -> Var:
+        """What an adapter has beside rows: an input, a part of the input `extras` in its shape, or baked in."""
+        if self.own is not None:
+            return _constant(role, self.own[role].numpy())
+        if role not in self.extras:
+            return self.inputs[role]
         names = list(self.extras)
         start = sum(math.prod(self.extras[name]) for name in names[: names.index(role)])
         shape = self.extras[role]
         part = _slice(self.inputs["extras"], 0, start, start + math.prod(shape))
         return mb.reshape(x=part, shape=list(shape))
+
+    def _missing(self, arg: object) -> bool:
+        """Whether it is a scale or a router of other adapters than the baked one."""
+        role = self.roles.get(arg.name, "") if isinstance(arg, Node) else ""
+        return self.own is not None and role in self.extras and role not in self.own
 
     def _held(self, role: str) -> Var:
         return self._once(role, lambda: _constant(_nodes.short(role), self.graph.tensors[role].numpy()))
@@ -250,13 +260,17 @@ class _Lowering:
         """GELU on recovery rows, then gates."""
         if self.baked is not None:
             marks = self.baked.recovery.numpy()
-            return mb.select(cond=marks, a=mb.gelu(x=rows, mode="EXACT"), b=rows) if marks.any() else rows
+            rows = mb.select(cond=marks, a=mb.gelu(x=rows, mode="EXACT"), b=rows) if marks.any() else rows
+            return mb.mul(x=rows, y=self.value(gates)) if self.baked.routers else rows
         if self.graph.recovery:
             marked = self._once("recovery", lambda: mb.greater(x=self.inputs["recovery"], y=HALF(0.5)))
             rows = mb.select(cond=marked, a=mb.gelu(x=rows, mode="EXACT"), b=rows)
         return mb.mul(x=rows, y=self.value(gates))
 
     def lower_token_gates(self, node: Node) -> None:
+        if self._missing(node.args[1]):
+            self.values[node, 0] = self.value(node.args[4])
+            return
         x, weight, bias, select, gate = (self.value(arg) for arg in node.args)
         inner, outer = mb.split(x=bias, num_splits=2, axis=0)
         scores = mb.add(x=mb.matmul(x=x, y=weight, transpose_y=True), y=inner)
@@ -367,6 +381,9 @@ class _Lowering:
     # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def lower_binary(self, node: Node) -> None:
+        if self._missing(node.args[1]):
+            self.values[node, 0] = self.value(node.args[0])
+            return
         a, b = (HALF(arg) if isinstance(arg, (int, float)) else self.value(arg) for arg in node.args[:2])
         self.values[node, 0] = _BINARY[node.target](x=a, y=b)
 
@@ -408,6 +425,15 @@ class _Lowering:
 
     def lower_getitem(self, node: Node) -> None:
         """Read where it is used."""
+
+
+def _beside_rows(rows: Rows) -> dict[str, torch.Tensor]:
+    """What an adapter gives to a graph beside rows, by role."""
+    found = {"gate": rows.gate} if rows.select is None else {"gate": rows.gate, "select": rows.select}
+    for first, second, pairs in (("before", "after", rows.scales), ("router", "router_bias", rows.routers)):
+        found |= {f"{first}.{name}": pair[0] for name, pair in pairs.items()}
+        found |= {f"{second}.{name}": pair[1] for name, pair in pairs.items()}
+    return found
 
 
 def _offsets(slots: Sequence[SlotTensor]) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calora_export import bundle as bundles
-from calora_export import factors, pipeline, resources, runtimes
+from calora_export import factors, mlpackage, pipeline, resources, runtimes
 from calora_export import package as packages
 from calora_export.adapters import load_adapter
 from calora_export.devices import host
@@ -28,7 +29,7 @@ from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora
 from calora_export.jobs import Case, Job
 from calora_export.package import Package, Slots, SlotTensor
 from calora_export.runtimes import Mix, Session
-from tests.bundles import HIDDEN, tiny_base
+from tests.bundles import HIDDEN, LAYERS, tiny_base
 from tests.contract.test_target import OTHER_BASE
 from tests.importers import methods
 from tests.importers.methods import Delta, Install
@@ -275,6 +276,32 @@ def test_every_kind_runs_on_the_plain_sdk_of_executorch(kinds: Kinds, hf: PreTra
     for kind in OTHERS:
         expected = reference(hf, kinds.install(kind))
         assert np.abs(logits(session, {kind: 1.0}) - expected).max() <= LIMITS["executorch"]
+
+
+def test_functions_of_core_ml_hold_every_kind(kinds: Kinds, hf: PreTrainedModel, tmp_path: Path) -> None:
+    """Cores are multiplied out, scales and routers are constants, and nothing of them is in the other functions."""
+    chosen = ("first", *OTHERS)
+    bundle = merged([kinds.bundle], tmp_path / "bundle")
+    manifest = bundles.read_manifest(bundle)
+    specs = [spec for spec in manifest.adapters if spec.id in chosen]
+    specs = [msgspec.structs.replace(spec, class_index=index) for index, spec in enumerate(specs)]
+    bundles.write_manifest(bundle, msgspec.structs.replace(manifest, adapters=tuple(specs)))
+    text = resources.recipes()["coreml-multifunction"].read_text()
+    changes = {"context = 2048": "context = 64", "64]": "16]", "chunk = 64": "chunk = 16", '"int8"': '"fp16"'}
+    assert all(part in text for part in changes)
+    recipe = tmp_path / "functions.toml"
+    recipe.write_text(functools.reduce(lambda made, change: made.replace(*change), changes.items(), text))
+    package = pipeline.export(bundle, tmp_path / "package", str(recipe))
+    session = session_of(package)
+    assert np.abs(logits(session, {}) - reference(hf)).max() <= LIMITS["coreml"]
+    for kind in chosen:
+        expected = reference(hf, kinds.install(kind))
+        assert np.abs(logits(session, {kind: 1.0}) - expected).max() <= LIMITS["coreml"]
+    functions = mlpackage.read_spec(package.path / "model.mlpackage").mlProgram.functions
+    blocks = {name: found.block_specializations[found.opset] for name, found in functions.items()}
+    used = {name: Counter(operation.type for operation in block.operations) for name, block in blocks.items()}
+    assert used["german"]["mul"] == used["base"]["mul"] + 2 * len(package.manifest.slots.scaled or ())
+    assert used["flow"]["softmax"] == LAYERS and not used["base"]["softmax"] and not used["first"]["softmax"]
 
 
 def test_experts_of_fixed_weights_are_rows(kinds: Kinds, hf: PreTrainedModel, tmp_path: Path) -> None:
