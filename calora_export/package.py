@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,11 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
     """The slot contract as a target realised it.
 
     gate says what carries the gates. recovery names the input [R] that marks GELU rows, if rows may be non-linear;
-    fingerprint the uint8 [32] input by which an adapter file tells its base. dtype int8: each row of a tensor is times
-    a number of its `.scale`. scaled: sites whose input and output an adapter may multiply; routed: what weighs experts
-    by token. Both only where an adapter of the bundle has such.
+    fingerprint the uint8 [32] input by which an adapter file tells its base. rows: the one input of an ONNX graph that
+    holds all matrices [R, …] of an adapter one after the other, for each group every `down` and then every `up`; left
+    out where they are inputs of their own. dtype int8: each row of a matrix is times a number of `scales`
+    [matrices · R], in the same order. scaled: sites whose input and output an adapter may multiply; routed: what weighs
+    experts by token. Both only where an adapter of the bundle has such.
     """
 
     rank: Literal["dynamic"] | int
@@ -63,6 +65,7 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     dtype: Literal["fp32", "fp16", "int8"]
     tensors: tuple[SlotTensor, ...]
+    rows: str | UnsetType = UNSET
     scaled: tuple[str, ...] | UnsetType = UNSET
     routed: Routed | UnsetType = UNSET
 
@@ -72,17 +75,16 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
 
     def groups(self) -> list[list[SlotTensor]]:
         """Slots that share an input, in the order of an adapter file."""
-        groups: list[list[SlotTensor]] = []
-        for slot in self.tensors:
-            if slot.part == 0:
-                groups.append([])
-            groups[-1].append(slot)
-        return groups
+        return groups_of(self.tensors)
 
 
-def scale_of(tensor: str) -> str:
-    """The tensor that holds the scales of another's int8 rows."""
-    return f"{tensor}.scale"
+def groups_of(tensors: Sequence[SlotTensor]) -> list[list[SlotTensor]]:
+    groups: list[list[SlotTensor]] = []
+    for slot in tensors:
+        if slot.part == 0:
+            groups.append([])
+        groups[-1].append(slot)
+    return groups
 
 
 class AdapterEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,15 @@ import onnxruntime as ort
 from msgspec import UNSET
 
 from calora_export import native
-from calora_export.adapters import Adapter, int8_rows
+from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, UnsupportedError, mismatch
-from calora_export.package import ModelInfo, Package, Slots, scale_of
-from calora_export.runtimes import Mix, _extras
+from calora_export.package import ModelInfo, Package, Slots
+from calora_export.runtimes import Mix, _extras, _onnx_inputs
 from calora_export.runtimes._shelf import Shelf, require_layout
 
 VERSION = 1
 ALWAYS = "always"
 QUIET = 3
-DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "int8": np.dtype(np.int8)}
 KINDS = {"fp32": "tensor(float)", "fp16": "tensor(float16)", "int8": "tensor(int8)"}
 
 
@@ -51,27 +51,12 @@ def encode_adapter(adapter: Adapter, slots: Slots, fingerprint: str, path: Path)
 
 
 def arrange(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
-    """Tensor name → array: sites that share an input side by side, one below the other; `up` transposed to [R, out]."""
-    dtype, rank = np.float32 if slots.dtype == "int8" else DTYPES[slots.dtype], adapter.rank
-    arrays: dict[str, np.ndarray] = {}
-    for tensor in slots.tensors:
-        if tensor.down not in arrays:
-            arrays[tensor.down] = np.zeros((tensor.parts * rank, tensor.inputs), dtype)
-        arrays[tensor.up] = np.zeros((rank, tensor.outputs), dtype)
-        rows = adapter.sites.get(tensor.site)
-        if rows is not None:
-            arrays[tensor.down][tensor.part * rank : (tensor.part + 1) * rank] = rows.down
-            arrays[tensor.up][:] = rows.up.T
-    if slots.dtype == "int8":
-        packed = {name: int8_rows(array) for name, array in arrays.items()}
-        arrays = {name: weight.q for name, weight in packed.items()}
-        arrays |= {scale_of(name): weight.scale[:, 0] for name, weight in packed.items()}
+    """Input → array."""
+    arrays = _onnx_inputs.arrange(adapter, slots)
     arrays |= _extras.arrays(adapter, slots)
     if slots.routed is not UNSET:
         arrays[ALWAYS] = _extras.always(arrays[_extras.SELECT])
-    if slots.recovery is not None:
-        arrays[slots.recovery] = adapter.recovery.astype(np.float32)
-    elif adapter.recovery.any():
+    if slots.recovery is None and adapter.recovery.any():
         raise UnsupportedError(
             mismatch(
                 adapter.id,
@@ -116,15 +101,9 @@ def read_adapter(path: Path, slots: Slots) -> tuple[Tensors, str]:
 def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots) -> None:
     """Refuse tensors that are not those of the slots, in their type and for one rank: the runtime would fail late."""
     shapes = {name: list(value.shape()) for name, value in values.items()}
-    rank = next((shapes[tensor.up][0] for tensor in slots.tensors if shapes.get(tensor.up)), 0)
-    kind = KINDS[slots.dtype]
-    expected = {tensor.down: f"{kind} {[tensor.parts * rank, tensor.inputs]}" for tensor in slots.tensors}
-    expected |= {tensor.up: f"{kind} {[rank, tensor.outputs]}" for tensor in slots.tensors}
-    if slots.dtype == "int8":
-        rows = {tensor.down: tensor.parts * rank for tensor in slots.tensors}
-        rows |= {tensor.up: rank for tensor in slots.tensors}
-        expected |= {scale_of(name): f"{KINDS['fp32']} {[count]}" for name, count in rows.items()}
-    expected |= {slots.recovery: f"{KINDS['fp32']} {[rank]}"} if slots.recovery else {}
+    inputs = _onnx_inputs.inputs(slots)
+    rank = next((math.prod(shapes[each.name]) // each.width for each in inputs if each.name in shapes), 0)
+    expected = {each.name: f"{KINDS[each.dtype]} {each.shape(rank)}" for each in inputs}
     expected |= {name: f"{KINDS['fp32']} {list(shape)}" for name, shape in _extras.shapes(slots, rank).items()}
     expected |= {} if slots.routed is UNSET else {ALWAYS: f"{KINDS['fp32']} {[rank]}"}
     found = {name: f"{value.data_type()} {shapes[name]}" for name, value in values.items()}
@@ -132,21 +111,8 @@ def _require_layout(file: str, values: Mapping[str, ort.OrtValue], slots: Slots)
 
 
 def blend(parts: Sequence[tuple[dict[str, np.ndarray], float]], slots: Slots) -> dict[str, np.ndarray]:
-    """Several adapters' arrays as one: rows side by side, gates folded into `up`, or into the scales of its rows."""
-    blended: dict[str, np.ndarray] = {}
-    for tensor in slots.tensors:
-        downs, ups = [tensor.down], [tensor.up]
-        if slots.dtype == "int8":
-            blended[tensor.up] = np.concatenate([arrays[tensor.up] for arrays, _ in parts])
-            downs, ups = [tensor.down, scale_of(tensor.down)], [scale_of(tensor.up)]
-        for name in ups:
-            gated = np.concatenate([arrays[name] * np.float32(gate) for arrays, gate in parts])
-            blended[name] = gated.astype(parts[0][0][name].dtype, copy=False)
-        for name in downs:
-            rows = [np.split(arrays[name], tensor.parts) for arrays, _ in parts]
-            blended[name] = np.concatenate([part for site in zip(*rows, strict=True) for part in site])
-    if slots.recovery is not None:
-        blended[slots.recovery] = np.concatenate([arrays[slots.recovery] for arrays, _ in parts])
+    """Several adapters' arrays as one."""
+    blended = _onnx_inputs.blended(parts, slots)
     blended |= _extras.blended([arrays for arrays, _ in parts], slots)
     if slots.routed is not UNSET:
         blended[ALWAYS] = _extras.always(blended[_extras.SELECT])

@@ -12,18 +12,19 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from msgspec import UNSET
 from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
-from calora_export.package import Manifest, Slots, SlotTensor, scale_of
+from calora_export.package import Manifest, Slots, SlotTensor, groups_of
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _genai, _nodes, _onnx_fusions, _onnx_weights
@@ -33,8 +34,11 @@ from calora_export.targets._onnx_fusions import Normed
 
 MODEL = "model.onnx"
 ADAPTERS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
-SLOTS, SLOT_INPUTS = 3, 14  # that an operator of ours takes at most; its inputs but for those of a norm
+ROWS, SCALES = "rows", "scales"
+SLOTS = 3  # that an operator of ours takes at most
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
+
+Members = Sequence[tuple[int, str]]  # of a group that have slots: index in the group, site
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
@@ -50,7 +54,8 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
         recovery="recovery" if graph.recovery else None,
         fingerprint="base_fingerprint",
         dtype=recipe.adapters,
-        tensors=tuple(lowering.tensors),
+        tensors=lowering.tensors,
+        rows=ROWS if lowering.places else UNSET,
         scaled=scaled,
         routed=routed,
     )
@@ -98,15 +103,34 @@ def _quiet_exporter() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for.
-
-    gates: of each token, where they are not folded into up.
-    """
+    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for."""
 
     down: ir.Value
     ups: Mapping[int, ir.Value]
-    scales: Sequence[ir.Value]  # of int8 rows: down's [slots · rank], then each up's [rank]
-    gates: ir.Value | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the matrices of a group lie in an adapter's rows: behind `offset` columns and `first` matrices, of so many
+    in all."""
+
+    width: int
+    matrices: int
+    offset: int
+    first: int
+    outs: tuple[int, ...]
+
+
+def _places(tensors: Sequence[SlotTensor]) -> dict[str, _Place]:
+    """By the first site of each group."""
+    width, offset, first = sum(slot.inputs + slot.outputs for slot in tensors), 0, 0
+    places: dict[str, _Place] = {}
+    for group in groups_of(tensors):
+        outs = tuple(slot.outputs for slot in group)
+        places[group[0].site] = _Place(width, 2 * len(tensors), offset, first, outs)
+        offset += sum(slot.inputs + slot.outputs for slot in group)
+        first += 2 * len(group)
+    return places
 
 
 class _Lowering:
@@ -114,8 +138,7 @@ class _Lowering:
 
     def __init__(self, graph: Graph, recipe: Recipe, build: Builder) -> None:
         self.graph, self.recipe, self.build = graph, recipe, build
-        self.tensors: list[SlotTensor] = []
-        self.roles = graph.roles()
+        self.roles, self.tensors = graph.roles(), _nodes.slot_tensors(graph)
         self.values: dict[Node, ir.Value] = {}
         self.members: dict[tuple[Node, int], ir.Value] = {}
         self.shared: dict[str, ir.Value] = {}
@@ -124,6 +147,7 @@ class _Lowering:
         self.norm_of = _onnx_fusions.norms_after_add(self.calls)
         self.packed = _onnx_fusions.packed_projections(self.calls, self.weights)
         ours = recipe.kernels == "calora"
+        self.places = _places(self.tensors) if ours else {}
         self.units = _onnx_fusions.gated_units(self.calls, self.weights) if ours else {}
         self.normed = _onnx_fusions.normed(self.norm_of) if ours else {}
         self.sums = {after.add: linears for linears, after in self.normed.items()}
@@ -196,6 +220,10 @@ class _Lowering:
         self.build.default(base, np.frombuffer(fingerprint, np.uint8).copy())
         if self.graph.recovery:
             self._adapter_input("recovery", ["rank"], ir.DataType.FLOAT)
+        if self.places:
+            self._adapter_input(ROWS, [ROWS], ADAPTERS[self.recipe.adapters])
+            if self.recipe.adapters == "int8":
+                self._adapter_input(SCALES, [SCALES], ir.DataType.FLOAT)
         self._declare_extras()
 
     def _declare_extras(self) -> None:
@@ -218,14 +246,10 @@ class _Lowering:
             self.build.default(value, np.zeros(sizes, dtype.numpy()))
         return value
 
-    def _adapter_scale(self, matrix: ir.Value, rank: str) -> ir.Value:
-        assert matrix.name is not None
-        return self._adapter_input(scale_of(matrix.name), [rank], ir.DataType.FLOAT)
-
     # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
 
     def lower_linears(self, node: Node) -> None:
-        x, weights, rows = self.value(node.args[0]), self.weights(node), self._rows(node)
+        x, weights, members = self.value(node.args[0]), self.weights(node), _nodes.slot_sites(self.roles, node)
         rounded = node.args[9] == W8A8
         read = self._rounded(x) if rounded else x
         packed, unit = node in self.packed.values(), node in self.units.values()
@@ -236,46 +260,48 @@ class _Lowering:
             products = [self._matmul(read, [weight], rounded) for weight in weights]
             pairs = zip(products, masks, strict=True)
             ys = [y if mask is None else self.build.emit("Mul", y, mask) for y, mask in pairs]
-        if rows is not None and self.recipe.kernels == "calora":
-            ys = self._add_slots(node, x, rows, ys)
-        elif rows is not None:
-            ys = self._add_deltas(x, rows, ys)
+        if members:
+            ys = (self._add_slots if self.places else self._add_deltas)(node, x, members, ys)
         if packed or unit:
             self.values[node] = ys[0]
         else:
             self.members.update({(node, i): y for i, y in enumerate(ys)})
 
-    def _add_slots(self, node: Node, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    def _add_slots(self, node: Node, x: ir.Value, members: Members, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """The group's slots as one operator of ours, which also does what comes after the linears of a gated unit or
         before a norm."""
-        together = len(ys) == 1
-        recovery = self.build.inputs["recovery"] if self.graph.recovery else None
-        sums = ys if together else [ys[i] for i in rows.ups]
-        ups = [*rows.ups.values(), *[None] * (SLOTS - len(rows.ups))]
-        padding = [None] * (SLOTS - len(sums))
-        inputs = [x, rows.down, recovery, *ups, *sums, *padding, rows.gates, *rows.scales]
+        together, inputs = len(ys) == 1, self.build.inputs
+        sums = ys if together else [ys[i] for i, _ in members]
+        read = [x, inputs[ROWS], inputs.get(SCALES), inputs.get("recovery"), self._token_gates(node), *sums]
+        attributes = asdict(self.places[members[0][1]])
         if node in self.units.values():
-            return self.build.emit_many("SlotGlu", *inputs, outputs=2, domain=OURS)[:1]
+            return self.build.emit_many("SlotGlu", *read, outputs=2, domain=OURS, **attributes)[:1]
         if node in self.normed:
-            return self._add_and_norm(self.normed[node], inputs)
-        sums = self.build.emit_many("Slot", *inputs, outputs=len(sums), domain=OURS)
+            return self._add_and_norm(self.normed[node], read, attributes)
+        sums = self.build.emit_many("Slot", *read, outputs=len(sums), domain=OURS, **attributes)
         if together:
             return sums
-        changed = dict(zip(rows.ups, sums, strict=True))
+        changed = {i: made for (i, _), made in zip(members, sums, strict=True)}
         return [changed.get(i, y) for i, y in enumerate(ys)]
 
-    def _add_and_norm(self, after: Normed, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+    def _token_gates(self, node: Node) -> ir.Value | None:
+        """Gates of each token, where there are such; others are folded into `up`."""
+        gates = _nodes.node(node.args[7])
+        return None if gates.op == "placeholder" else self.value(gates)
+
+    def _add_and_norm(
+        self, after: Normed, read: Sequence[ir.Value | None], attributes: Mapping[str, object]
+    ) -> Sequence[ir.Value]:
         _, weight, eps = after.norm.args
         epsilon = self.build.constant(f"epsilon_{eps!r}", np.array([eps], np.float32))
-        padding = [None] * (SLOT_INPUTS - len(inputs))
-        more = [self.value(after.skip), self.value(weight), epsilon]
-        made = self.build.emit_many("SlotNorm", *inputs, *padding, *more, outputs=2, domain=OURS)
+        more = [*[None] * (SLOTS - 1), self.value(after.skip), self.value(weight), epsilon]
+        made = self.build.emit_many("SlotNorm", *read, *more, outputs=2, domain=OURS, **attributes)
         self.values[after.norm], self.values[after.add] = made
         return made[1:]
 
-    def _add_deltas(self, x: ir.Value, rows: _Rows, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    def _add_deltas(self, node: Node, x: ir.Value, members: Members, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """The group's slots as operators of the runtime."""
-        deltas = self._deltas(x, rows)
+        deltas = self._deltas(x, self._rows(members), self._token_gates(node))
         if len(ys) < len(deltas):
             return [self.build.emit("Add", ys[0], self.build.emit("Concat", *deltas.values(), axis=-1))]
         return [self.build.emit("Add", y, deltas[i]) if i in deltas else y for i, y in enumerate(ys)]
@@ -297,36 +323,26 @@ class _Lowering:
     def _is_table(self, weight: Weight) -> bool:
         return any(_nodes.short(table) == weight.name for table in self.tables)
 
-    def _rows(self, node: Node) -> _Rows | None:
+    def _rows(self, members: Members) -> _Rows:
         """Declare what an adapter file holds for a group of linears: one `down`, and one `up` for each slot."""
-        members = _nodes.slot_sites(self.roles, node)
-        if not members:
-            return None
-        sites = [site for _, site in members]
-        count, slots = len(sites), {slot.site: slot for slot in self.graph.slots}
-        features = slots[sites[0]].inputs
-        prefix = "+".join([sites[0], *(site.split(".")[-1] for site in sites[1:])])
-        rank, dtype = "rank" if count == 1 else f"rank_{count}", ADAPTERS[self.recipe.adapters]
-        down = self._adapter_input(f"{prefix}.down", [rank, features], dtype)
-        scales = [self._adapter_scale(down, rank)] if dtype == ir.DataType.INT8 else []
-        ups: dict[int, ir.Value] = {}
-        for i, (member, site) in enumerate(members):
-            outputs = slots[site].outputs
-            ups[member] = self._adapter_input(f"{site}.up", ["rank", outputs], dtype)
-            scales += [self._adapter_scale(ups[member], "rank")] if scales else []
-            self.tensors.append(SlotTensor(site, f"{prefix}.down", i, count, f"{site}.up", features, outputs))
-        gates = _nodes.node(node.args[7])
-        return _Rows(down, ups, scales, None if gates.op == "placeholder" else self.value(gates))
+        tensors = {slot.site: slot for slot in self.tensors}
+        first, dtype = tensors[members[0][1]], ADAPTERS[self.recipe.adapters]
+        rank = "rank" if first.parts == 1 else f"rank_{first.parts}"
+        down = self._adapter_input(first.down, [rank, first.inputs], dtype)
+        slots = {member: tensors[site] for member, site in members}
+        return _Rows(
+            down, {i: self._adapter_input(slot.up, ["rank", slot.outputs], dtype) for i, slot in slots.items()}
+        )
 
-    def _deltas(self, x: ir.Value, rows: _Rows) -> dict[int, ir.Value]:
+    def _deltas(self, x: ir.Value, rows: _Rows, gates: ir.Value | None) -> dict[int, ir.Value]:
         """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
         count = len(rows.ups)
         h = self.build.emit("FusedMatMul", x, self._floats(rows.down), domain=CONTRIB, transB=1)
         if self.graph.recovery:
             h = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", h), h)
         parts = [h] if count == 1 else self._split_rows(h, count)
-        if rows.gates is not None:
-            parts = [self.build.emit("Mul", part, rows.gates) for part in parts]
+        if gates is not None:
+            parts = [self.build.emit("Mul", part, gates) for part in parts]
         return {
             member: self.build.emit("MatMul", part, self._floats(up))
             for (member, up), part in zip(rows.ups.items(), parts, strict=True)

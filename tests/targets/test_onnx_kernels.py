@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,22 +35,49 @@ MIXES = ({}, {"alpha": 1.0}, {"beta": 1.0}, {"alpha": 0.6, "beta": -0.4})
 FLOAT = TensorProto.FLOAT
 KINDS = {"fp32": FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 MORE = {"Slot": (), "SlotGlu": (), "SlotNorm": ("skip", "weight", "epsilon")}
-DIMENSIONS = {"x": 3, "y": 3, "skip": 3, "gate": 3, "down": 2, "up": 2}  # of the other inputs: 1
+DIMENSIONS = {"x": 3, "y": 3, "skip": 3, "gate": 3}  # of the other inputs: 1
 ERF = np.vectorize(math.erf, otypes=[np.float64])
 Feeds = dict[str, np.ndarray]
 
 
-def session(op: str, feeds: Feeds, threads: int = 2) -> ort.InferenceSession:
+@dataclass(frozen=True)
+class Values:
+    """down, up [R, …] of each linear, steps of int8 with a scale [R] each; feeds: whatever else an operator reads."""
+
+    downs: list[np.ndarray]
+    ups: list[np.ndarray]
+    scales: list[np.ndarray]
+    feeds: Feeds
+
+    @property
+    def outs(self) -> list[int]:
+        return [up.shape[1] for up in self.ups]
+
+    def packed(self) -> Feeds:
+        """Behind a matrix of 5 columns and before one of 3, which are another node's."""
+        rank, dtype = len(self.downs[0]), self.downs[0].dtype
+        others = [np.full((rank, columns), 77, dtype) for columns in (5, 3)]
+        matrices = [others[0], *self.downs, *self.ups, others[1]]
+        rows = {"rows": np.concatenate([matrix.ravel() for matrix in matrices])}
+        ends = np.full(rank, 99, np.float32)
+        return rows | ({"scales": np.concatenate([ends, *self.scales, ends])} if self.scales else {}) | self.feeds
+
+    def layout(self) -> dict[str, object]:
+        matrices = [*self.downs, *self.ups]
+        width = 5 + sum(matrix.shape[1] for matrix in matrices) + 3
+        return {"outs": self.outs, "width": width, "offset": 5, "matrices": len(matrices) + 2, "first": 1}
+
+
+def session(op: str, values: Values, threads: int = 2) -> ort.InferenceSession:
     """A graph of one node, whose y comes out of another, as a matmul's does: the operator writes over it."""
-    numbered = [[f"{name}{i}" for i in range(3)] for name in ("up", "y", "up_scale")]
-    names = ["x", "down", "recovery", *numbered[0], *numbered[1], "gate", "down_scale", *numbered[2], *MORE[op]]
+    feeds, numbered = values.packed(), [f"y{i}" for i in range(3)]
+    names = ["x", "rows", "scales", "recovery", "gate", *numbered, *MORE[op]]
     read = [name if name in feeds else "" for name in names]
-    ys = [name for name in numbered[1] if name in feeds]
+    ys = [name for name in numbered if name in feeds]
     nodes = [helper.make_node("Neg", [y], [f"negative_{y}"]) for y in ys]
     outputs = [f"out{i}" for i in range(2 if MORE[op] or op == "SlotGlu" else len(ys))]
-    nodes.append(
-        helper.make_node(op, [f"negative_{name}" if name in ys else name for name in read], outputs, domain="calora")
-    )
+    read = [f"negative_{name}" if name in ys else name for name in read]
+    nodes.append(helper.make_node(op, read, outputs, domain="calora", **values.layout()))
     inputs = [
         helper.make_tensor_value_info(
             name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * DIMENSIONS.get(name.rstrip("012"), 1)
@@ -73,40 +100,39 @@ def outputs(made: ort.InferenceSession, feeds: Feeds) -> list[np.ndarray]:
     return [np.asarray(array) for array in made.run(None, feeds)]
 
 
-def slots(feeds: Feeds) -> list[np.ndarray]:
+def slots(values: Values) -> list[np.ndarray]:
     """What the slots add to each linear, in fp64: up · (gate ⊙ act(down · x)), act exact GELU on recovery rows."""
-    exact = {name: array.astype(np.float64) for name, array in feeds.items()}
-    ups = [name for name in exact if name in ("up0", "up1", "up2")]
-    down = exact["down"] * exact["down_scale"][:, None] if "down_scale" in exact else exact["down"]
-    added = []
-    for name, part in zip(ups, np.split(down, len(ups)), strict=True):
-        h = exact["x"] @ part.T
-        if "recovery" in exact:
-            h = np.where(exact["recovery"] != 0, 0.5 * h * (1 + ERF(h / math.sqrt(2))), h)
-        h = h * exact.get("gate", 1.0)
-        up = exact[name] * exact[f"up_scale{name[-1]}"][:, None] if "down_scale" in exact else exact[name]
-        added.append(h @ up)
+    matrices = [matrix.astype(np.float64) for matrix in (*values.downs, *values.ups)]
+    if values.scales:
+        matrices = [matrix * scale[:, None] for matrix, scale in zip(matrices, values.scales, strict=True)]
+    added, count, feeds = [], len(values.ups), values.feeds
+    for down, up in zip(matrices[:count], matrices[count:], strict=True):
+        h = feeds["x"].astype(np.float64) @ down.T
+        if "recovery" in feeds:
+            h = np.where(feeds["recovery"] != 0, 0.5 * h * (1 + ERF(h / math.sqrt(2))), h)
+        added.append((h * feeds.get("gate", 1.0)) @ up)
     return added
 
 
-def values(seed: int, positions: int, inputs: int, outs: Sequence[int], rank: int, kind: str, *, packed: bool) -> Feeds:
+def values(
+    seed: int, positions: int, inputs: int, outs: Sequence[int], rank: int, kind: str, *, packed: bool
+) -> Values:
     noise = np.random.default_rng(seed)
+    scales: list[np.ndarray] = []
 
-    def rows(name: str, count: int, width: int, size: float) -> Feeds:
-        floats = (noise.normal(size=(count, width)) * size).astype(np.float32)
+    def rows(width: int, size: float) -> np.ndarray:
+        floats = (noise.normal(size=(rank, width)) * size).astype(np.float32)
         if kind != "int8":
-            return {name: floats.astype(np.float16 if kind == "fp16" else np.float32)}
-        scale = f"up_scale{name[-1]}" if name != "down" else "down_scale"
-        steps = (floats / size * 40).clip(-127, 127).astype(np.int8)
-        return {name: steps, scale: noise.random(count, np.float32) * size / 20}
+            return floats.astype(np.float16 if kind == "fp16" else np.float32)
+        scales.append(noise.random(rank, np.float32) * size / 20)
+        return (floats / size * 40).clip(-127, 127).astype(np.int8)
 
+    downs, ups = [rows(inputs, 1 / math.sqrt(inputs)) for _ in outs], [rows(out, 1.0) for out in outs]
     feeds = {"x": noise.normal(size=(1, positions, inputs)).astype(np.float32)}
-    feeds |= rows("down", len(outs) * rank, inputs, 1 / math.sqrt(inputs))
     feeds["recovery"] = (noise.random(rank) < 0.5).astype(np.float32)
-    for i, out in enumerate(outs):
-        feeds |= rows(f"up{i}", rank, out, 1.0)
-    widths = [sum(outs)] if packed else outs
-    return feeds | {f"y{i}": noise.normal(size=(1, positions, n)).astype(np.float32) for i, n in enumerate(widths)}
+    for i, width in enumerate([sum(outs)] if packed else outs):
+        feeds[f"y{i}"] = noise.normal(size=(1, positions, width)).astype(np.float32)
+    return Values(downs, ups, scales, feeds)
 
 
 @settings(max_examples=50, deadline=None)
@@ -123,32 +149,34 @@ def values(seed: int, positions: int, inputs: int, outs: Sequence[int], rank: in
 def test_slot_is_the_formula(
     seed: int, positions: int, inputs: int, outs: list[int], rank: int, kind: str, left_out: set[str], packed: bool
 ) -> None:
-    feeds = values(seed, positions, inputs, outs, rank, kind, packed=packed)
-    feeds["gate"] = np.random.default_rng(seed).normal(size=(1, positions, rank)).astype(np.float32)
-    feeds = {name: array for name, array in feeds.items() if name not in left_out}
-    made, added = outputs(session("Slot", feeds), feeds), slots(feeds)
+    given = values(seed, positions, inputs, outs, rank, kind, packed=packed)
+    given.feeds["gate"] = np.random.default_rng(seed).normal(size=(1, positions, rank)).astype(np.float32)
+    for name in left_out:
+        del given.feeds[name]
+    made, added = outputs(session("Slot", given), given.packed()), slots(given)
     for i, delta in enumerate([np.concatenate(added, axis=-1)] if packed else added):
-        np.testing.assert_allclose(made[i], delta - feeds[f"y{i}"], rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(made[i], delta - given.feeds[f"y{i}"], rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("positions", [1, 3, 33])
 @pytest.mark.parametrize("rank", [0, 16])
 def test_a_gated_unit_is_the_formula(positions: int, rank: int) -> None:
-    feeds = values(5, positions, 48, [100, 100], rank, "fp16", packed=True)
-    feeds["y0"][..., :8] *= 60  # where exp overflows and underflows
-    made = outputs(session("SlotGlu", feeds), feeds)[0]
-    gate, up = np.split(np.concatenate(slots(feeds), axis=-1) - feeds["y0"], 2, axis=-1)
+    given = values(5, positions, 48, [100, 100], rank, "fp16", packed=True)
+    given.feeds["y0"][..., :8] *= 60  # where exp overflows and underflows
+    made = outputs(session("SlotGlu", given), given.packed())[0]
+    gate, up = np.split(np.concatenate(slots(given), axis=-1) - given.feeds["y0"], 2, axis=-1)
     np.testing.assert_allclose(made, gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("positions", [1, 3, 33])
 @pytest.mark.parametrize("rank", [0, 16])
 def test_a_norm_after_the_residual_is_the_formula(positions: int, rank: int) -> None:
-    feeds, noise = values(6, positions, 48, [101], rank, "int8", packed=True), np.random.default_rng(6)
-    feeds |= {"skip": noise.normal(size=(1, positions, 101)).astype(np.float32)}
+    given, noise = values(6, positions, 48, [101], rank, "int8", packed=True), np.random.default_rng(6)
+    feeds = given.feeds
+    feeds["skip"] = noise.normal(size=(1, positions, 101)).astype(np.float32)
     feeds |= {"weight": noise.normal(size=101).astype(np.float32), "epsilon": np.array([1e-5], np.float32)}
-    norm, total = outputs(session("SlotNorm", feeds), feeds)
-    expected = slots(feeds)[0] - feeds["y0"] + feeds["skip"]
+    norm, total = outputs(session("SlotNorm", given), given.packed())
+    expected = slots(given)[0] - feeds["y0"] + feeds["skip"]
     np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-4)
     root = np.sqrt((expected**2).mean(axis=-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(norm, expected / root * feeds["weight"], rtol=1e-4, atol=1e-4)
@@ -159,10 +187,11 @@ def test_a_position_has_the_same_bits_alone_in_a_prompt_and_on_any_number_of_thr
     outs: list[int], inputs: int
 ) -> None:
     """600 and 1500: rows enough to be worth a second thread."""
-    feeds = values(7, 21, inputs, outs, 32, "fp16", packed=True)
-    expected = outputs(session("Slot", feeds, threads=1), feeds)[0]
+    given = values(7, 21, inputs, outs, 32, "fp16", packed=True)
+    feeds = given.packed()
+    expected = outputs(session("Slot", given, threads=1), feeds)[0]
     for threads in (1, 2, 3):
-        one = session("Slot", feeds, threads=threads)
+        one = session("Slot", given, threads=threads)
         np.testing.assert_array_equal(outputs(one, feeds)[0], expected)
         for position in range(21):
             part = {key: value[:, position : position + 1] if key in "xy0" else value for key, value in feeds.items()}
@@ -172,19 +201,17 @@ def test_a_position_has_the_same_bits_alone_in_a_prompt_and_on_any_number_of_thr
 @pytest.mark.parametrize(
     ("name", "shape", "said"),
     [
-        ("down", (7, 12), "down: [linears"),
-        ("down", (8, 11), "down: [linears"),
-        ("up1", (3, 6), "up: as down, [rank, out]"),
+        ("rows", (177,), "rows: [rank · width]"),
         ("recovery", (5,), "recovery: fp32 [rank]"),
-        ("down_scale", (7,), "down_scale: fp32 [linears"),
-        ("up_scale1", (3,), "up_scale: fp32 [rank]"),
+        ("scales", (7,), "scales: fp32 [rank · matrices]"),
         ("y0", (1, 3, 11), "y: a column for every output"),
         ("y0", (1, 2, 12), "y: fp32 [batch, positions"),
+        ("x", (1, 3, 14), "offset: of matrices inside rows"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...], said: str) -> None:
-    feeds = values(3, 3, 12, [6, 6], 4, "int8", packed=True)
-    one = session("Slot", feeds)
+    given = values(3, 3, 12, [6, 6], 4, "int8", packed=True)
+    one, feeds = session("Slot", given), given.packed()
     one.run(None, feeds)
     with pytest.raises(Exception, match=said.replace("[", r"\[")):
         one.run(None, feeds | {name: np.zeros(shape, feeds[name].dtype)})

@@ -35,8 +35,12 @@ std::string read_fingerprint(const std::string& file, const Slots& slots, std::m
 int64_t require_layout(const std::string& file, const Slots& slots, const std::map<std::string, Stored>& tensors) {
   int64_t rank = 0;
   for (const SlotInput& input : slots.inputs)
-    if (const auto found = tensors.find(input.name); input.parts == 1 && found != tensors.end())
-      rank = found->second.shape.empty() ? 0 : found->second.shape[0];
+    if (const auto found = tensors.find(input.name); found != tensors.end()) {
+      rank = 1;
+      for (const int64_t size : found->second.shape) rank *= size;
+      rank /= std::max<int64_t>(input.width(), 1);
+      break;
+    }
   for (const SlotInput& input : slots.inputs) {
     const std::string expected = described(input.type, input.shape(rank));
     const auto found = tensors.find(input.name);
@@ -79,16 +83,19 @@ Blend Blend::of(const std::vector<std::pair<const Adapter*, float>>& parts, cons
   for (const auto& [adapter, _] : parts) rank += adapter->rank;
   Blend blend;
   for (const SlotInput& input : slots.inputs) {
-    const int64_t row = input.bytes();
-    std::vector<char>& memory = blend.memory.emplace_back(size_t(input.parts * rank * row) + 1); // of no rank, too
+    const int64_t size = size_of(input.type);
+    std::vector<char>& memory = blend.memory.emplace_back(size_t(rank * input.width() * size) + 1); // of no rank, too
     char* to = memory.data();
-    for (int64_t part = 0; part < input.parts; ++part)
+    int64_t before = 0;
+    for (const Matrix& matrix : input.matrices) {
       for (const auto& [adapter, gate] : parts) {
-        const int64_t bytes = adapter->rank * row;
-        std::memcpy(to, adapter->tensors.at(input.name).data + part * bytes, size_t(bytes));
-        if (input.gated) scale(to, bytes, input.type, gate);
+        const int64_t bytes = adapter->rank * matrix.width * size;
+        std::memcpy(to, adapter->tensors.at(input.name).data + adapter->rank * before * size, size_t(bytes));
+        if (matrix.gated) scale(to, bytes, input.type, gate);
         to += bytes;
       }
+      before += matrix.width;
+    }
     blend.values.emplace_back(&input, tensor(memory.data(), input.type, input.shape(rank)));
   }
   return blend;

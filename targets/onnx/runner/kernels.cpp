@@ -14,10 +14,7 @@ const Api* runtime = nullptr;
 const Api24* newer = nullptr; // where the runtime has it
 
 constexpr size_t most = 3;
-enum Input : size_t {
-  X, DOWN, RECOVERY, UP, Y = UP + most, GATE = Y + most, DOWN_SCALE, UP_SCALE, SKIP = UP_SCALE + most, WEIGHT, EPSILON,
-  INPUTS
-};
+enum Input : size_t { X, ROWS, SCALES, RECOVERY, GATE, Y, SKIP = Y + most, WEIGHT, EPSILON, INPUTS };
 
 
 /// Why a call fails; `guarded` hands it to the runtime.
@@ -92,91 +89,116 @@ Threads threads(KernelContext* context) {
           }};
 }
 
-/// What the slots of a node read. Shapes are checked: adapters come from files.
-struct Slots {
-  Tensor x, down, recovery, gate, down_scale;
-  std::array<Tensor, most> ups, ys, up_scales;
-  size_t count = 0, y_count = 0;
+/// Where the matrices of a node lie, in units of the rank.
+struct Layout {
+  int64_t width = 0, matrices = 0, offset = 0, first = 0;
+  std::array<int64_t, most> outs{};
+  size_t count = most;
 
-  explicit Slots(const KernelContext* context)
-      : x(input(context, X)),
-        down(input(context, DOWN)),
-        recovery(input(context, RECOVERY)),
-        gate(input(context, GATE)) {
-    while (count < most && (ups[count] = input(context, UP + count))) ++count;
-    while (y_count < count && (ys[y_count] = input(context, Y + y_count))) ++y_count;
-    expect(count > 0 && (y_count == 1 || y_count == count), "one y, or as many as up");
-    expect(x.is(fp32, 3), "x: fp32 [batch, positions, in]");
-    const Type kind = down.type;
-    expect(kind == fp32 || kind == fp16 || kind == int8, "down: fp32, fp16 or int8");
-    expect(down.is(kind, 2) && down.last() == x.last() && down.rows() == int64_t(count) * rank(),
-           "down: [linears · rank, in]");
-    expect(!recovery || (recovery.is(fp32, 1) && recovery.last() == rank()), "recovery: fp32 [rank]");
-    for (size_t j = 0; j < count; ++j)
-      expect(ups[j].is(kind, 2) && ups[j].rows() == rank(), "up: as down, [rank, out]");
-    for (size_t j = 0; j < y_count; ++j) {
-      expect(ys[j].is(fp32, 3) && ys[j].rows() == x.rows(), "y: fp32 [batch, positions, …]");
-      expect(width(j) == ys[j].last(), "y: a column for every output");
-    }
-    const bool fits = gate.is(fp32, 3) && gate.rows() == x.rows() && gate.last() == rank();
-    expect(!gate || fits, "gate: fp32 [batch, positions, rank]");
-    if (kind != int8) return;
-    down_scale = input(context, DOWN_SCALE);
-    expect(down_scale.is(fp32, 1) && down_scale.last() == down.rows(), "down_scale: fp32 [linears · rank]");
-    for (size_t j = 0; j < count; ++j) up_scales[j] = input(context, UP_SCALE + j);
-    for (size_t j = 0; j < count; ++j)
-      expect(up_scales[j].is(fp32, 1) && up_scales[j].last() == rank(), "up_scale: fp32 [rank]");
+  explicit Layout(const KernelInfo* info) {
+    check(runtime->KernelInfoGetAttribute_int64(info, "width", &width));
+    check(runtime->KernelInfoGetAttribute_int64(info, "matrices", &matrices));
+    check(runtime->KernelInfoGetAttribute_int64(info, "offset", &offset));
+    check(runtime->KernelInfoGetAttribute_int64(info, "first", &first));
+    check(runtime->KernelInfoGetAttributeArray_int64(info, "outs", outs.data(), &count));
+    expect(count > 0 && width > 0, "outs and width: of one linear at least");
   }
 
-  int64_t rank() const { return ups[0].sizes[0]; }
-
-  /// The outputs of the linears whose columns y_j has.
-  int64_t width(size_t j) const {
+  int64_t all_outs() const {
     int64_t sum = 0;
-    for (size_t i = 0; i < count; ++i) sum += y_count == 1 || i == j ? ups[i].last() : 0;
+    for (size_t j = 0; j < count; ++j) sum += outs[j];
     return sum;
+  }
+};
+
+/// What the slots of a node read. Shapes are checked: adapters come from files.
+struct Slots {
+  const Layout& layout;
+  Tensor x, rows, scales, recovery, gate;
+  std::array<Tensor, most> ys;
+  size_t y_count = 0;
+  int64_t rank = 0;
+
+  Slots(const Layout& of, const KernelContext* context)
+      : layout(of),
+        x(input(context, X)),
+        rows(input(context, ROWS)),
+        recovery(input(context, RECOVERY)),
+        gate(input(context, GATE)) {
+    while (y_count < layout.count && (ys[y_count] = input(context, Y + y_count))) ++y_count;
+    expect(y_count == 1 || y_count == layout.count, "one y, or as many as outs");
+    expect(x.is(fp32, 3), "x: fp32 [batch, positions, in]");
+    const Type kind = rows.type;
+    expect(kind == fp32 || kind == fp16 || kind == int8, "rows: fp32, fp16 or int8");
+    rank = rows.last() / layout.width;
+    expect(rows.is(kind, 1) && rows.last() == rank * layout.width, "rows: [rank · width]");
+    const int64_t end = layout.offset + int64_t(layout.count) * x.last() + layout.all_outs();
+    expect(layout.offset >= 0 && end <= layout.width, "offset: of matrices inside rows");
+    expect(!recovery || (recovery.is(fp32, 1) && recovery.last() == rank), "recovery: fp32 [rank]");
+    for (size_t j = 0; j < y_count; ++j) {
+      expect(ys[j].is(fp32, 3) && ys[j].rows() == x.rows(), "y: fp32 [batch, positions, …]");
+      expect(ys[j].last() == (y_count == 1 ? layout.all_outs() : layout.outs[j]), "y: a column for every output");
+    }
+    const bool fits = gate.is(fp32, 3) && gate.rows() == x.rows() && gate.last() == rank;
+    expect(!gate || fits, "gate: fp32 [batch, positions, rank]");
+    if (kind != int8) return;
+    scales = input(context, SCALES);
+    expect(scales.is(fp32, 1) && scales.last() == rank * layout.matrices, "scales: fp32 [rank · matrices]");
+    const bool inside = layout.first >= 0 && layout.first + 2 * int64_t(layout.count) <= layout.matrices;
+    expect(inside, "first: of matrices inside scales");
+  }
+
+  /// The rows' matrix that lies behind so many columns of them.
+  const void* matrix(int64_t columns) const {
+    const int64_t bytes = rows.type == fp32 ? 4 : rows.type == fp16 ? 2 : 1;
+    return static_cast<const char*>(rows.data) + columns * rank * bytes;
+  }
+
+  const float* scale(size_t matrix) const {
+    return scales ? scales.floats() + (layout.first + int64_t(matrix)) * rank : nullptr;
   }
 
   /// sums[j] = y_j and what the slots add.
   void add(const std::array<Tensor, most>& sums, const Threads& threads) const {
+    const size_t count = layout.count;
     std::array<Member, most> members;
-    int64_t column = 0;
+    int64_t before = layout.offset + int64_t(count) * x.last(), column = 0;
     for (size_t i = 0; i < count; ++i) {
+      const int64_t outs = layout.outs[i];
       const size_t j = y_count == 1 ? 0 : i;
-      const int64_t at = y_count == 1 ? column : 0;
-      const float* const scale = down_scale ? down_scale.floats() + int64_t(i) * rank() : nullptr;
-      members[i] = {ups[i].data, scale,          up_scales[i].floats(), ys[j].floats() + at, sums[j].floats() + at,
-                    ups[i].last(), ys[j].last()};
-      column += ups[i].last();
+      members[i] = {matrix(before),           scale(i), scale(count + i), ys[j].floats() + column,
+                    sums[j].floats() + column, outs,     ys[j].last()};
+      before += outs;
+      if (y_count == 1) column += outs;
     }
-    const Rows type = down.type == fp32 ? Rows::fp32 : down.type == fp16 ? Rows::fp16 : Rows::int8;
-    const Group group{x.floats(), down.data,      gate.floats(),  recovery.floats(), x.last(),
-                      rank(),     members.data(), int64_t(count), type,              rank()};
+    const Rows type = rows.type == fp32 ? Rows::fp32 : rows.type == fp16 ? Rows::fp16 : Rows::int8;
+    const Group group{x.floats(), matrix(layout.offset), gate.floats(),  recovery.floats(), x.last(),
+                      rank,       members.data(),        int64_t(count), type,              rank};
     add_slots(group, x.rows(), threads);
   }
 };
 
-void slot(KernelContext* context) {
-  const Slots slots(context);
+void slot(const Layout& layout, KernelContext* context) {
+  const Slots slots(layout, context);
   std::array<Tensor, most> sums;
   for (size_t j = 0; j < slots.y_count; ++j) sums[j] = output(context, j, slots.ys[j].sizes);
   slots.add(sums, threads(context));
 }
 
-void slot_glu(KernelContext* context) {
-  const Slots slots(context);
-  expect(slots.count == 2 && slots.y_count == 1 && slots.ups[0].last() == slots.ups[1].last(), "two linears, one y");
+void slot_glu(const Layout& layout, KernelContext* context) {
+  const Slots slots(layout, context);
+  expect(layout.count == 2 && slots.y_count == 1 && layout.outs[0] == layout.outs[1], "two linears, one y");
   const Tensor& y = slots.ys[0];
   const Tensor out = output(context, 0, {y.sizes[0], y.sizes[1], y.last() / 2}), sum = output(context, 1, y.sizes);
   slots.add({sum}, threads(context));
   gate_linear_units(sum.floats(), out.floats(), out.last(), out.rows(), threads(context));
 }
 
-void slot_norm(KernelContext* context) {
-  const Slots slots(context);
+void slot_norm(const Layout& layout, KernelContext* context) {
+  const Slots slots(layout, context);
   const Tensor skip = input(context, SKIP), weight = input(context, WEIGHT), epsilon = input(context, EPSILON);
   const Tensor& y = slots.ys[0];
-  expect(slots.count == 1, "one linear");
+  expect(layout.count == 1, "one linear");
   expect(skip.is(fp32, 3) && skip.rows() == y.rows() && skip.last() == y.last(), "skip: as y");
   expect(weight.is(fp32, 1) && weight.last() == y.last(), "weight: fp32 [out]");
   expect(epsilon.is(fp32, 1) && epsilon.last() == 1, "epsilon: fp32 [1]");
@@ -187,10 +209,10 @@ void slot_norm(KernelContext* context) {
 }
 
 /// No exception leaves the library.
-template <void compute(KernelContext*)>
-Status* guarded(void*, KernelContext* context) {
+template <void compute(const Layout&, KernelContext*)>
+Status* guarded(void* layout, KernelContext* context) {
   try {
-    compute(context);
+    compute(*static_cast<const Layout*>(layout), context);
     return nullptr;
   } catch (const Refused& refused) {
     return refused.status;
@@ -216,20 +238,24 @@ CustomOp made() {
   op.GetName = name;
   op.GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
   op.GetInputTypeCount = [](const CustomOp*) -> size_t { return INPUTS; };
-  op.GetInputType = [](const CustomOp*, size_t i) { return i == DOWN || (i >= UP && i < Y) ? any : fp32; };
+  op.GetInputType = [](const CustomOp*, size_t i) { return i == ROWS ? any : fp32; };
   op.GetInputCharacteristic = [](const CustomOp*, size_t i) {
-    return i == X || i == DOWN || i == UP || i == Y ? required : optional;
+    return i == X || i == ROWS || i == Y ? required : optional;
   };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
   op.GetOutputType = [](const CustomOp*, size_t) { return fp32; };
   op.GetOutputTypeCount = [](const CustomOp*) -> size_t { return most; };
   op.GetOutputCharacteristic = [](const CustomOp*, size_t i) { return i == 0 ? required : optional; };
   op.GetStartVersion = op.GetEndVersion = [](const CustomOp*) { return 1; };
-  op.CreateKernelV2 = [](const CustomOp*, const Api*, const void*, void** kernel) -> Status* {
-    *kernel = nullptr;
-    return nullptr;
+  op.CreateKernelV2 = [](const CustomOp*, const Api*, const KernelInfo* info, void** kernel) -> Status* {
+    try {
+      *kernel = new Layout(info);
+      return nullptr;
+    } catch (const Refused& refused) {
+      return refused.status;
+    }
   };
-  op.KernelDestroy = [](void*) {};
+  op.KernelDestroy = [](void* layout) { delete static_cast<Layout*>(layout); };
   op.ReleaseAliasMap = [](int*, int*) {};
   return op;
 }
@@ -241,7 +267,7 @@ CustomOp slot_op() {
   return op;
 }
 
-template <void compute(KernelContext*)>
+template <void compute(const Layout&, KernelContext*)>
 CustomOp slot_and_more() {
   CustomOp op = made();
   op.KernelComputeV2 = guarded<compute>;

@@ -1,6 +1,6 @@
 // The operators of our own for ONNX Runtime, domain `calora`, version 1:
 //
-//   Slot      x, down, recovery?, up_0, up_1?, up_2?, y_0, y_1?, y_2?, gate?, down_scale?, up_scale_0?, … → out_0, …
+//   Slot      x, rows, scales?, recovery?, gate?, y_0, y_1?, y_2? → out_0, …
 //             What adapters add to up to three linears that share x (targets/runner/operators.h). Every linear has a
 //             y of its own, or they are columns of y_0, from left to right.
 //   SlotGlu   the same inputs → out, sum
@@ -12,9 +12,12 @@
 //
 //   y_j is written over, so no other node may read it.
 //
-//   x [batch, positions, in], down [linears · rank, in], recovery [rank], up_j [rank, outs_j], gate [batch, positions,
-//   rank], y_j [batch, positions, …], skip as y_0, weight [outs_0], epsilon [1]; down and up are fp32, fp16 or int8,
-//   everything else fp32. int8 rows have a scale each: down_scale [linears · rank], up_scale_j [rank].
+//   x [batch, positions, in], gate [batch, positions, R], y_j [batch, positions, …], skip as y_0, weight [outs_0],
+//   epsilon [1]. rows [R · width] holds the matrices of all slots of a graph, one after the other, in fp32, fp16 or
+//   int8; int8 rows have a scale each: scales [R · matrices]. recovery is [R]; everything but rows is fp32.
+//
+// Attributes: outs, the linears' outputs; width and matrices, of all slots; offset and first, of the matrices before
+// this node's. These are down_j [R, in] for every linear, then up_j [R, outs_j].
 #pragma once
 
 #include "ort.h"

@@ -24,6 +24,7 @@ struct LoraAdapter;
 struct CustomOp;
 struct CustomOpDomain;
 struct KernelContext;
+struct KernelInfo;
 
 /// The first version that has the adapter API.
 constexpr uint32_t api_version = 20;
@@ -68,7 +69,9 @@ struct Api {
   Status* (*GetTensorTypeAndShape)(const Value*, TensorInfo**);
   Skipped skipped66[3];
   Status* (*CreateCpuMemoryInfo)(int allocator, int kind, MemoryInfo**);
-  Skipped skipped70[20];
+  Skipped skipped70[16];
+  Status* (*KernelInfoGetAttribute_int64)(const KernelInfo*, const char* name, int64_t*);
+  Skipped skipped87[3];
   Status* (*KernelContext_GetInput)(const KernelContext*, size_t index, const Value**);
   Status* (*KernelContext_GetOutput)(KernelContext*, size_t index, const int64_t* sizes, size_t count, Value**);
   void (*ReleaseEnv)(Env*);
@@ -80,7 +83,9 @@ struct Api {
   Skipped skipped98[1];
   void (*ReleaseTensorTypeAndShapeInfo)(TensorInfo*);
   void (*ReleaseSessionOptions)(SessionOptions*);
-  Skipped skipped101[173];
+  Skipped skipped101[62];
+  Status* (*KernelInfoGetAttributeArray_int64)(const KernelInfo*, const char* name, int64_t*, size_t* count);
+  Skipped skipped164[110];
   Status* (*KernelContext_ParallelFor)(const KernelContext*, void (*task)(void* data, size_t i), size_t count,
                                        size_t batches, void* data);
   Skipped skipped275[5];
@@ -118,7 +123,7 @@ struct CustomOp {
   Presence (*GetOutputCharacteristic)(const CustomOp*, size_t);
   int (*GetInputMemoryType)(const CustomOp*, size_t);
   int (*variadic[4])(const CustomOp*);
-  Status* (*CreateKernelV2)(const CustomOp*, const Api*, const void* info, void** kernel);
+  Status* (*CreateKernelV2)(const CustomOp*, const Api*, const KernelInfo*, void** kernel);
   Status* (*KernelComputeV2)(void* kernel, KernelContext*);
   Status* (*InferOutputShapeFn)(const CustomOp*, void* context);
   int (*GetStartVersion)(const CustomOp*);

@@ -3,16 +3,34 @@
 #include "graph.h"
 
 #include <map>
-#include <set>
 
 namespace calora {
 
-std::vector<int64_t> SlotInput::shape(int64_t rank) const {
-  if (width == 0) return {parts * rank};
-  return {parts * rank, width};
+int64_t SlotInput::width() const {
+  int64_t sum = 0;
+  for (const Matrix& matrix : matrices) sum += matrix.width;
+  return sum;
 }
 
-int64_t SlotInput::bytes() const { return (width == 0 ? 1 : width) * size_of(type); }
+std::vector<int64_t> SlotInput::shape(int64_t rank) const {
+  if (flat) return {rank * width()};
+  return {int64_t(matrices.size()) * rank, matrices[0].width};
+}
+
+namespace {
+
+/// One input of all matrices, and one of a number for each row where they are int8.
+std::vector<SlotInput> together(const std::vector<SlotInput>& each, const std::string& name, bool scaled) {
+  SlotInput rows{name, each.empty() ? ort::fp32 : each[0].type, {}, true}, scales{"scales", ort::fp32, {}, true};
+  for (const SlotInput& input : each)
+    for (const Matrix& matrix : input.matrices) {
+      rows.matrices.push_back({matrix.width, matrix.gated && !scaled});
+      scales.matrices.push_back({1, matrix.gated});
+    }
+  return scaled ? std::vector{rows, scales} : std::vector{rows};
+}
+
+} // namespace
 
 Slots Slots::of(const Package& package) {
   const Fields settings = package.manifest.object("settings"), slots = package.manifest.object("slots");
@@ -24,18 +42,18 @@ Slots Slots::of(const Package& package) {
   const std::map<std::string, ort::Type> types{{"fp32", ort::fp32}, {"fp16", ort::fp16}, {"int8", ort::int8}};
   const auto found = types.find(slots.text("dtype"));
   if (found == types.end()) require_value("slots.dtype", "fp32, fp16 or int8", slots.text("dtype"));
-  const auto add = [&](const std::string& name, int64_t parts, int64_t width, bool gated) {
-    const bool scaled = found->second == ort::int8; // each row by a number of its own, which takes the gate
-    made.inputs.push_back({name, found->second, parts, width, gated && !scaled});
-    if (scaled) made.inputs.push_back({name + ".scale", ort::fp32, parts, 0, gated});
-  };
-  std::set<std::string> known;
+  const ort::Type type = found->second;
+  size_t down = 0;
   for (const Fields& tensor : slots.objects("tensors")) {
-    const std::string down = tensor.text("down");
-    if (known.insert(down).second) add(down, tensor.integer("parts"), tensor.integer("inputs"), false);
-    add(tensor.text("up"), 1, tensor.integer("outputs"), true);
+    if (tensor.integer("part") == 0 || made.inputs.empty()) { // the first of a group
+      down = made.inputs.size();
+      made.inputs.push_back({tensor.text("down"), type, {}, false});
+    }
+    made.inputs[down].matrices.push_back({tensor.integer("inputs"), false});
+    made.inputs.push_back({tensor.text("up"), type, {{tensor.integer("outputs"), true}}, false});
   }
-  if (slots.has("recovery")) made.inputs.push_back({slots.text("recovery"), ort::fp32, 1, 0, false});
+  if (slots.has("rows")) made.inputs = together(made.inputs, slots.text("rows"), type == ort::int8);
+  if (slots.has("recovery")) made.inputs.push_back({slots.text("recovery"), ort::fp32, {{1, false}}, true});
   return made;
 }
 

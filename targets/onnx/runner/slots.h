@@ -10,16 +10,22 @@
 
 namespace calora {
 
-/// An input of the graph whose size grows with the rank R: [parts · R, width], or [parts · R] where width is 0.
+/// Of so many columns, and R rows. gated: takes the gates of a mix.
+struct Matrix {
+  int64_t width;
+  bool gated;
+};
+
+/// An input of the graph whose size grows with the rank R: matrices, each below the one before, [matrices · R, width],
+/// or flat [R · all widths].
 struct SlotInput {
   std::string name;
   ort::Type type;
-  int64_t parts, width;
-  bool gated; // takes the gates of a mix
+  std::vector<Matrix> matrices;
+  bool flat;
 
+  int64_t width() const; // of all matrices
   std::vector<int64_t> shape(int64_t rank) const;
-  /// Of one row.
-  int64_t bytes() const;
 };
 
 struct Slots {
