@@ -26,6 +26,7 @@ RECIPES = (
     ("coreml-fp16", {}),
     ("coreml-multifunction", {}),
 )
+LIMITS = {"coreml-fp16": 0.03, "coreml-multifunction": 0.5}  # float16 throughout; and weights in int8
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_the_reference_is_transformers_model_with_what_was_pruned_at_zero(family
     assert (model.shape.heads, model.shape.kv_heads) == ((4, 2), (2, 1))
     rows = Rows.of(load_adapter(bundle, "one")) if weight else Rows.none()
     logits = model(tokens(PREFILL + STEPS), model.empty_cache(), rows)[0][0, PREFILL - 1 :].numpy()
-    assert np.abs(logits - expected(family, weight)).max() < 5e-5
+    assert np.abs(logits - expected(family, weight)).max() <= 1e-5
 
 
 @pytest.mark.parametrize(("name", "changes"), RECIPES, ids=str)
@@ -68,7 +69,7 @@ def test_every_target_lowers_it(family: Family, variant: Variant, name: str, cha
         session.select(mix)
         made = np.stack([session.extend(part)[-1] for part in (ids[:PREFILL], *([token] for token in ids[PREFILL:]))])
         error = np.abs(made - expected(family, weight))
-        assert error.max() < (0.5 if settings.target == "coreml" else 1e-4)  # logits reach ±10
+        assert error.max() <= LIMITS.get(name, 2e-5)  # logits reach ±5
     assert package.manifest.model.kv_heads == (2, 1)
 
 

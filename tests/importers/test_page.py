@@ -1,12 +1,16 @@
-"""docs/importing.md speaks of every system and every importer, and each of its claims names tests that exist."""
+"""docs/importing.md speaks of every system and every importer, and the tests that it names show what it claims."""
 
 from __future__ import annotations
 
-import ast
 import re
+from collections import defaultdict
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from calora_export import importers
+import pytest
+
+from calora_export import importers, recipe, targets
 
 TESTS = Path(__file__).parent.parent
 PAGE = (TESTS.parent / "docs" / "importing.md").read_text()
@@ -15,6 +19,10 @@ SYSTEMS = (
     "LoRA-Flow", "NOLA", "LLM-Pruner", "MTL-LoRA", "ShareLoRA", "LLaVA-MoLE", "Chain of LoRA", "XGBLoRA",
     "FLoRA", "MultiLoRA", "LoRA-RITE", "DoRA",
 )  # fmt: skip
+TARGETS = {"ONNX": "onnx", "ExecuTorch": "executorch", "Core ML": "coreml", "torch": "torch"}
+NAMED = re.compile(r"`([\w/]+\.py)::(\w+)(?:\[(.*?)\])?`")
+
+Cases = dict[tuple[str, str], dict[str, set[str]]]  # file and test → id of a case → the targets that it runs on
 
 
 def rows() -> list[list[str]]:
@@ -23,26 +31,78 @@ def rows() -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
 
 
+class Collector:
+    """A plug-in of pytest that takes what it collects."""
+
+    def __init__(self) -> None:
+        self.cases: Cases = defaultdict(dict)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            assert isinstance(item, pytest.Function)
+            spec = getattr(item, "callspec", None)  # of parametrised tests alone
+            file = item.path.relative_to(TESTS).as_posix()
+            found = set(ran_on(spec.params.values())) if spec else set()
+            self.cases[file, item.originalname][spec.id if spec else ""] = found
+
+
+def ran_on(parameters: object) -> Iterator[str]:
+    """The targets among a case's parameters: by their names, or by those of their recipes."""
+    known = {name: entry.target for name, entry in recipe.catalogue().items()}
+    known |= {name: name for name in targets.names()}
+    for value in parameters:  # type: ignore[attr-defined]
+        if isinstance(value, str) and value in known:
+            yield known[value]
+
+
+@pytest.fixture(scope="module")
+def cases() -> Cases:
+    """Of every file that the table names; nothing is run."""
+    files = sorted({file for row in rows() for file, _, _ in NAMED.findall(" ".join(row))})
+    collector = Collector()
+    options = ["--collect-only", "-m", "", "-p", "no:terminal", "-p", "no:cacheprovider"]
+    status = pytest.main([*options, *(str(TESTS / file) for file in files)], [collector])
+    assert status == pytest.ExitCode.OK
+    return collector.cases
+
+
 def test_every_system_has_a_row() -> None:
     named = " ".join(row[0] for row in rows())
     assert [system for system in SYSTEMS if system not in named] == []
 
 
-def test_every_row_is_backed_by_tests_that_exist() -> None:
-    for row in rows():
-        assert len(row) == 4
-        exact, ran = (re.findall(r"`([\w/]+\.py)::(\w+)`", cell) for cell in row[2:])
-        assert exact, row[0]
-        assert bool(ran) == exact_claims(row) == (row[3] != "–"), row[0]
-        for file, name in [*exact, *ran]:
-            tree = ast.parse((TESTS / file).read_text())
-            assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, name)
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_a_row_is_shown_by_tests(row: list[str], cases: Cases) -> None:
+    """Every test of the last cell runs on every target that the cell names."""
+    _, arrives, exact, ran = row
+    assert exact.startswith("yes: ") != arrives.startswith("refused")
+    assert matching(exact, cases)
+    if arrives.startswith("refused"):
+        assert ran == "–"
+        return
+    claimed = {TARGETS[name] for name in ran.partition(": ")[0].split(", ")}
+    shown = matching(ran, cases)
+    assert claimed and shown
+    for name, found in shown.items():
+        assert claimed <= set.union(*found.values()), f"{name}: {sorted(found)}"
 
 
-def exact_claims(row: list[str]) -> bool:
-    """Whether a row says that something is imported, not refused."""
-    assert row[2].startswith("yes: ") != row[1].startswith("refused"), row[0]
-    return row[2].startswith("yes: ")
+def matching(cell: str, cases: Cases) -> dict[str, dict[str, set[str]]]:
+    """The cases of each test that a cell names, of those that match what is in its brackets; there are some."""
+    shown = {}
+    for file, name, pattern in NAMED.findall(cell):
+        found = {key: ran for key, ran in cases.get((file, name), {}).items() if fnmatchcase(key, pattern or "*")}
+        assert found, f"{file}::{name}[{pattern}]: no such test"
+        shown[f"{file}::{name}"] = found
+    return shown
+
+
+def test_a_claim_that_no_test_shows_is_found(cases: Cases) -> None:
+    test = "importers/test_targets.py::test_an_imported_adapter_runs"
+    assert {frozenset(ran) for ran in matching(f"`{test}[onnx-*]`", cases)[test].values()} == {frozenset({"onnx"})}
+    for wrong in (f"{test}[*-dora]", f"{test}s", "importers/no_such.py::test_an_imported_adapter_runs"):
+        with pytest.raises(AssertionError, match="no such test"):
+            matching(f"`{wrong}`", cases)
 
 
 def test_every_importer_is_in_the_page_and_no_other() -> None:

@@ -18,9 +18,11 @@ from calora_export import bundle
 from calora_export.adapters import load_adapter
 from calora_export.errors import BundleError, CaloraError, UnsupportedError
 from calora_export.importers.peft import run as import_peft
+from calora_export.model import Rows, SlotModel, compose
 from tests.bundles import edit_json, tiny_bundle
 
 Q_V = ["q_proj", "v_proj"]
+IDS = torch.tensor([list(b"What is a low rank?")])
 CONFIGS: dict[str, dict[str, object]] = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": Q_V},
     "alpha-1": {"r": 4, "lora_alpha": 1, "target_modules": "all-linear"},
@@ -61,7 +63,7 @@ def trained(
         model = peft.get_peft_model(model, peft.LoraConfig(**options))  # type: ignore[arg-type]
         for parameter_name, parameter in model.named_parameters():
             if "lora_" in parameter_name:
-                torch.nn.init.normal_(parameter)
+                torch.nn.init.normal_(parameter, std=0.15)
         model.save_pretrained(directory / name, save_embedding_layers=False)
         deltas = {
             module_name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().numpy()
@@ -81,6 +83,12 @@ def imported(
     return out
 
 
+@pytest.fixture(scope="module")
+def slotted(imported: Path) -> SlotModel:
+    loaded = bundle.load(imported)
+    return compose(loaded, loaded.weight, context=64)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rows_are_pefts_own_merge_delta(
     imported: Path, trained: dict[str, tuple[Path, dict]], name: str
@@ -92,6 +100,20 @@ def test_rows_are_pefts_own_merge_delta(
     for site, delta in deltas.items():
         rows = adapter.sites[site]
         np.testing.assert_allclose(rows.up @ rows.down, delta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_pefts_own(
+    base: Path, imported: Path, slotted: SlotModel, trained: dict[str, tuple[Path, dict]], name: str
+) -> None:
+    """Its own model, unmerged, in fp32."""
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        without = plain(IDS).logits
+        expected = peft.PeftModel.from_pretrained(plain, trained[name][0]).eval()(IDS).logits
+        found = slotted(IDS, slotted.empty_cache(), Rows.of(load_adapter(bundle.load(imported), name)))[0]
+    assert float((expected - without).abs().max()) > 0.1
+    assert float((found - expected).abs().max()) <= 1e-5
 
 
 def test_the_bundle_is_complete(imported: Path, base: Path) -> None:
