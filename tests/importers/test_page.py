@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -42,17 +41,16 @@ class Collector:
             assert isinstance(item, pytest.Function)
             spec = getattr(item, "callspec", None)  # of parametrised tests alone
             file = item.path.relative_to(TESTS).as_posix()
-            found = set(ran_on(spec.params.values())) if spec else set()
+            found = ran_on(*spec.params.values()) if spec else set()
             self.cases[file, item.originalname][spec.id if spec else ""] = found
 
 
-def ran_on(parameters: object) -> Iterator[str]:
+def ran_on(*parameters: object) -> set[str]:
     """The targets among a case's parameters: by their names, or by those of their recipes."""
+    flat = [part for value in parameters for part in (value if isinstance(value, tuple) else (value,))]
     known = {name: entry.target for name, entry in recipe.catalogue().items()}
     known |= {name: name for name in targets.names()}
-    for value in parameters:  # type: ignore[attr-defined]
-        if isinstance(value, str) and value in known:
-            yield known[value]
+    return {known[part] for part in flat if isinstance(part, str) and part in known}
 
 
 @pytest.fixture(scope="module")

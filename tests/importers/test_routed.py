@@ -29,8 +29,7 @@ from tests.test_routers import published, same
 
 SITES = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in LINEARS.items()}
 NAMES = ("law", "math", "code", "news")
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-SIZES["vocab_size"] = 256
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 256}
 TEXTS = [
     "What is a tort?",
     "Solve x + 3 = 5 for x.",
@@ -60,18 +59,19 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [methods.save_peft(directory / name, pairs, 2, 4) for name in NAMES]
 
 
-def encoder_model(kind: str) -> nn.Module:
+def encoder_model(kind: str, layers: int) -> nn.Module:
     """The encoder of the authors' code, with weights that make its attention and its classes differ."""
     torch.manual_seed(1)
+    sizes = SIZES | {"num_hidden_layers": layers}
     if kind == "albert":
         own = {"embedding_size": 16, "hidden_act": "gelu_new", "max_position_embeddings": 80}
-        config = transformers.AlbertConfig(**(SIZES | own))
+        config = transformers.AlbertConfig(**(sizes | own))
         model: nn.Module = transformers.AlbertModel(config, add_pooling_layer=False)
     elif kind == "roberta":
-        config = transformers.RobertaConfig(**SIZES, max_position_embeddings=82, layer_norm_eps=1e-5)
+        config = transformers.RobertaConfig(**sizes, max_position_embeddings=82, layer_norm_eps=1e-5)
         model = transformers.RobertaModel(config)
     else:
-        config = transformers.BertConfig(**SIZES, max_position_embeddings=80)
+        config = transformers.BertConfig(**sizes, max_position_embeddings=80)
         model = transformers.BertModel(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -103,10 +103,10 @@ class Published(nn.Module):
 
 
 def import_dlp(
-    base: Path, loras: Sequence[Path], directory: Path, kind: str, **options: object
+    base: Path, loras: Sequence[Path], directory: Path, kind: str, layers: int = 3, **options: object
 ) -> tuple[Path, Published]:
     """A bundle, and the classifier that it comes from."""
-    classifier = Published(encoder_model(kind)).eval()
+    classifier = Published(encoder_model(kind, layers)).eval()
     (directory / "encoder").mkdir(parents=True)
     classifier.model.config.save_pretrained(directory / "encoder")  # type: ignore[union-attr, operator]
     write_tokenizer(directory / "encoder")
@@ -328,14 +328,17 @@ def decides_the_same(out: Path, target: str, directory: Path, texts: Sequence[st
         np.testing.assert_allclose(found, expected, atol=1e-3 if target == "coreml" else 1e-5)
 
 
-@pytest.fixture(scope="module")
-def albert(base: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return import_dlp(base, loras, tmp_path_factory.mktemp("targets"), "albert")[0]
+@pytest.fixture(scope="module", params=(("albert", 2), ("roberta", 1)), ids=("albert", "roberta"))
+def encoder(
+    request: pytest.FixtureRequest, base: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """ALBERT's layers share their weights. A BERT is below."""
+    return import_dlp(base, loras, tmp_path_factory.mktemp("targets"), *request.param)[0]
 
 
 @pytest.mark.parametrize("target", RUNNERS)
-def test_encoder_classifier_on_targets(albert: Path, target: str, tmp_path: Path) -> None:
-    decides_the_same(albert, target, tmp_path, TEXTS)
+def test_encoder_classifier_on_targets(encoder: Path, target: str, tmp_path: Path) -> None:
+    decides_the_same(encoder, target, tmp_path, TEXTS)
 
 
 @pytest.mark.parametrize("target", RUNNERS)
