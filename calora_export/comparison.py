@@ -12,7 +12,7 @@ import msgspec
 
 from calora_export import report as reports
 from calora_export.errors import PackageError, mismatch
-from calora_export.report import Bench, Latency, ParityRow, Report, Speed
+from calora_export.report import Bench, Latency, ParityRow, Report, Speed, TaskRow
 
 SQNR_DB, EFFECT, POINTS = 1.0, 0.02, 1.0  # what parity and tasks may lose
 LEAST_MS = 0.05  # a smaller difference of times is the clock's
@@ -64,9 +64,11 @@ def compare(a: str | Path, b: str | Path, tolerance: float) -> Comparison:
     """
     first, second = _read(Path(a)), _read(Path(b))
     reasons = _differences(first, second)
-    rows = list(_verdicts(first.report, second.report)) if first.report and second.report else []
+    rows, notes = [], [f"latency is not judged: {', '.join(reasons)}"] if reasons else []
+    if first.report and second.report:
+        rows += _verdicts(first.report, second.report)
+        notes += _other_examples(first.report, second.report)
     rows += _latency(first, second, tolerance, judged=not reasons)
-    notes = [f"latency is not judged: {', '.join(reasons)}"] if reasons else []
     if (first.report is None) != (second.report is None):
         notes.append("parity and tasks are in one of the two only")
     return Comparison(
@@ -134,9 +136,9 @@ def _verdicts(a: Report, b: Report) -> Iterator[Row]:
     found = {(row.case, row.against): row for row in b.parity}
     for row in a.parity:
         yield from _case(row, found.get((row.case, row.against)))
-    scores = {row.adapter: row.device for row in b.tasks}
+    others = {row.adapter: row for row in b.tasks}
     for task in a.tasks:
-        yield _lower(f"task {task.adapter}", task.device, scores.get(task.adapter), POINTS)
+        yield _task(task, others.get(task.adapter))
     if a.router is not None:
         yield _lower("router accuracy", a.router.accuracy, b.router.accuracy if b.router else None, POINTS / 100)
 
@@ -151,6 +153,20 @@ def _case(a: ParityRow, b: ParityRow | None) -> Iterator[Row]:
         change = None if b.effect_ratio is None else b.effect_ratio / a.effect_ratio - 1 if a.effect_ratio else None
         worse = off[1] > off[0] + EFFECT
         yield Row(name=f"{name}, effect", a=a.effect_ratio, b=b.effect_ratio, change=change, worse=worse)
+
+
+def _task(a: TaskRow, b: TaskRow | None) -> Row:
+    """Scores over other examples say nothing of each other."""
+    row = _lower(f"task {a.adapter}", a.device, b.device if b else None, POINTS)
+    return row if b is None or a.examples == b.examples else msgspec.structs.replace(row, judged=False, worse=False)
+
+
+def _other_examples(a: Report, b: Report) -> list[str]:
+    """Why tasks are not judged: a line for each two numbers of examples that differ."""
+    found = {row.adapter: row.examples for row in b.tasks}
+    pairs = dict.fromkeys((row.examples, found[row.adapter]) for row in a.tasks if row.adapter in found)
+    words = [[str(side or "not known") for side in pair] for pair in pairs if pair[0] != pair[1]]
+    return [f"tasks are not judged: examples scored in A {one}, in B {other}" for one, other in words]
 
 
 def _lower(name: str, a: float | None, b: float | None, most: float) -> Row:

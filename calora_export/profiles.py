@@ -40,7 +40,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     memory_mb is what an app may use, ram_mb what is built in, both in 2^20 bytes. os_floor is the oldest version of the
     OS that the app supports there. compute_units is what Core ML may use, as MLComputeUnits names them. threads and
-    cores are what a runner uses there: how many, and on which processors alone.
+    cores are what a runner uses there: how many, and on which processors alone. examples are how many of each task a
+    validation scores there.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compute_units: ComputeUnits | None = None
     threads: Annotated[int, Meta(ge=1)] | None = None
     cores: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    examples: Annotated[int, Meta(ge=1)] | None = None
     budget: Budget = Budget()
     sources: Mapping[str, str] = {}
 

@@ -86,8 +86,18 @@ class RouterRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     accuracy: float | None
 
 
+class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of very many some were looked at, evenly spaced; no other was."""
+
+    checked: int
+    of: int
+
+    def __str__(self) -> str:
+        return str(self.of) if self.checked == self.of else f"{self.checked} of {self.of}"
+
+
 class TaskRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One adapter's task score with the reference model and on the device.
+    """One adapter's task score with the reference model and on the device, over the same `examples`.
 
     `source` is torch's score with the bundle as trained, `target` that with what the recipe rounded, None where it
     rounded nothing: between the two is what the recipe costs. `reference` is the one that the device is judged by.
@@ -100,13 +110,7 @@ class TaskRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     passed: bool
     source: float | None = None
     target: float | None = None
-
-
-class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Of very many adapters some were compared; all others were not looked at."""
-
-    checked: int
-    of: int
+    examples: Sample | None = None
 
 
 class Swap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -198,7 +198,8 @@ def show_report(made: Report, directory: Path) -> None:
         rounded = any(row.target is not None for row in made.tasks)
         show_rows(
             [
-                {"task": row.adapter, "metric": row.metric, "as trained": number(row.source)}
+                {"task": row.adapter, "metric": row.metric, "examples": str(row.examples or "–")}
+                | {"as trained": number(row.source)}
                 | ({"as rounded": number(row.target)} if rounded else {})
                 | {"device": number(row.device), "": "ok" if row.passed else "FAILED"}
                 for row in made.tasks
@@ -217,7 +218,7 @@ def show_report(made: Report, directory: Path) -> None:
     show_latency(made.latency, made.speed)
     show_budget(made.budget)
     if made.sample is not None:
-        out.print(f"{made.sample.checked} of {made.sample.of} adapters were compared, evenly spaced; no other was.")
+        out.print(f"{made.sample} adapters were compared, evenly spaced; no other was.")
     for problem in made.problems:
         out.print(f"[red]✗[/red] {escape(problem)}", highlight=False)
     if made.device.emulated:

@@ -8,7 +8,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -50,6 +52,7 @@ SENTENCES, LONGEST = 4, 256  # of an answer whose sentences are routed; its toke
 EXAMPLES = 200
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 FORGED = "sha256:" + "0" * 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """Of a task those that are scored, as (prompt, completion), and how many it has."""
+
+    scored: Sequence[tuple[str, str]]
+    of: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """report: of all that was measured, incomplete where something broke; None: nothing was. fault: what broke."""
 
@@ -99,7 +110,8 @@ def validate(
     progress("building the references")
     reference = _reference(package, bundle)
     with tempfile.TemporaryDirectory(prefix="calora-validate-") as scratch:
-        job = _job(package, bundle, reference, Path(scratch), known)
+        asked = _examples(bundle, reference, known)
+        job = _job(package, bundle, reference, asked, Path(scratch), known)
         progress(f"running on {', '.join(where)}")
         traces = devices.run_each(where, package, job, progress)
     progress("comparing")
@@ -112,7 +124,7 @@ def validate(
             continue
         as_there = _as_on(whole.answer, reference, package, bundle)
         problems = [f"file: {line}" for line in altered] + ([" ".join(str(fault).split())] if fault else [])
-        given = _Given(package, bundle, as_there, job, whole, device, complete=fault is None)
+        given = _Given(package, bundle, as_there, asked, job, whole, device, complete=fault is None)
         made[device] = Outcome(_report(given, problems, known, profile), fault)
     return made
 
@@ -124,6 +136,7 @@ class _Given:
     package: Package
     bundle: Bundle
     reference: Reference
+    examples: Mapping[str, Examples]
     job: Job
     trace: Trace
     device: str
@@ -142,7 +155,7 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
         target = model.compose(bundle, weights, context=context, activations=settings.activations)
     known = {spec.id for spec in bundle.manifest.adapters}
     shipped = [entry.id for entry in package.manifest.adapters if entry.id in known]
-    adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in _sample(shipped)}
+    adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in _spaced(shipped, CHECKED)}
     held = {}
     if columns is not UNSET:
         joint = joint_basis.compress(bundle, columns)
@@ -153,11 +166,11 @@ def _reference(package: Package, bundle: Bundle) -> Reference:
     return Reference(bundle, source, target, adapters, held, int8, router, text)
 
 
-def _sample(adapters: Sequence[str]) -> list[str]:
-    """All of them, or CHECKED that are evenly spaced, the first and the last among them."""
-    if len(adapters) <= CHECKED:
-        return list(adapters)
-    return [adapters[round(i * (len(adapters) - 1) / (CHECKED - 1))] for i in range(CHECKED)]
+def _spaced(items: Sequence[T], most: int) -> list[T]:
+    """All of them, or `most` that are evenly spaced, the first and, if it is not the only one, the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
 def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundle) -> Reference:
@@ -172,7 +185,14 @@ def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundl
 # ── what the device is asked ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path, profile: Profile | None) -> Job:
+def _job(
+    package: Package,
+    bundle: Bundle,
+    reference: Reference,
+    examples: Mapping[str, Examples],
+    scratch: Path,
+    profile: Profile | None,
+) -> Job:
     ids = golden.stream(bundle, min(PREFILL + DECODE, package.manifest.model.context))
     prefill = len(ids) - DECODE
     shipped = list(reference.adapters)
@@ -202,7 +222,7 @@ def _job(package: Package, bundle: Bundle, reference: Reference, scratch: Path, 
         cores=profile.cores if profile else (),
         cases=(*(Case(name=name, mix=mix, ids=ids, prefill=prefill) for name, mix in mixes.items()), *cases),
         routes=tuple(tuple(asked.ids(text)) for text in texts) if asked else (),
-        completions=tuple(_completions(bundle, reference)),
+        completions=tuple(_completions(bundle, examples)),
         safety=_safety(package, reference, ids, scratch),
         timing=latency.timing(package, timing_prompt),
     )
@@ -270,23 +290,25 @@ def _safety(package: Package, reference: Reference, ids: tuple[int, ...], scratc
     return Safety(first={shipped[0]: 1.0}, second=second, ids=ids, forged=str(forged))
 
 
-def _completions(bundle: Bundle, reference: Reference) -> list[Completion]:
-    """Every held-out prompt, with room for its completion and the end token."""
+def _completions(bundle: Bundle, examples: Mapping[str, Examples]) -> list[Completion]:
+    """Every prompt that is scored, with room for its completion and the end token."""
     tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
     asked = []
-    for adapter, prompt, answer in _examples(bundle, reference):
-        limit = len(tokenizer.encode(answer, add_special_tokens=False).ids) + 1
-        asked.append(Completion(adapter=adapter, ids=tuple(tokenizer.encode(prompt).ids), limit=limit))
+    for adapter, task in examples.items():
+        for prompt, answer in task.scored:
+            limit = len(tokenizer.encode(answer, add_special_tokens=False).ids) + 1
+            asked.append(Completion(adapter=adapter, ids=tuple(tokenizer.encode(prompt).ids), limit=limit))
     return asked
 
 
-def _examples(bundle: Bundle, reference: Reference) -> list[tuple[str, str, str]]:
-    return [
-        (adapter, prompt, answer)
+def _examples(bundle: Bundle, reference: Reference, profile: Profile | None) -> dict[str, Examples]:
+    """By adapter: as many as the device's profile says, or EXAMPLES."""
+    most = profile.examples if profile is not None and profile.examples is not None else EXAMPLES
+    return {
+        adapter: Examples(_spaced(pairs, most), len(pairs))
         for adapter, pairs in golden.examples(bundle).items()
-        if adapter in reference.adapters
-        for prompt, answer in pairs[:EXAMPLES]
-    ]
+        if adapter in reference.adapters and pairs
+    }
 
 
 def _router_texts(bundle: Bundle) -> list[str]:
@@ -348,9 +370,10 @@ def _report(given: _Given, problems: list[str], profile: Profile | None, profile
     ends, quantised = set(package.manifest.model.eos), package.manifest.quantised
     tasks: tuple[TaskRow, ...] = ()
     if answer.completions or given.complete:
-        tasks = _judge_tasks(given.bundle, reference, answer, ends, settings.task_points, quantised=quantised)
+        tasks = _judge_tasks(given, ends, settings.task_points, quantised=quantised)
     problems += [
-        f"task {row.adapter}: {row.metric} {row.device} on the device, {row.reference} in the reference"
+        f"task {row.adapter}: {row.metric} {row.device} on the device, {row.reference} in the reference, "
+        f"examples {row.examples}"
         for row in tasks
         if not row.passed
     ]
@@ -487,29 +510,36 @@ def _judge_router(package: Package, bundle: Bundle, reference: Reference, trace:
     )
 
 
-def _judge_tasks(
-    bundle: Bundle, reference: Reference, answer: Answer, ends: set[int], points: float, *, quantised: bool
-) -> tuple[TaskRow, ...]:
+def _judge_tasks(given: _Given, ends: set[int], points: float, *, quantised: bool) -> tuple[TaskRow, ...]:
     """Exact match in percent. Greedy generation is right when every arg max is: one pass each for the reference.
 
     That is the bundle as trained, unless the recipe quantised it: then the same model, quantised.
     """
-    models = reference.models()
+    models = given.reference.models()
     judge = "target" if quantised and "target" in models else "source"
-    mixes = {(name, adapter): reference.mix({adapter: 1.0}, name) for name in models for adapter in reference.adapters}
-    tokenizer = Tokenizer.from_file(str(bundle.path / "base" / "tokenizer.json"))
-    right: dict[str, list[dict[str, bool]]] = {}
-    for (adapter, prompt, text), made in zip(_examples(bundle, reference), answer.completions, strict=True):
-        wanted, ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids), tokenizer.encode(prompt).ids
-        found = {name: _completes(model, mixes[name, adapter], ids, wanted, ends) for name, model in models.items()}
-        found["device"] = made[:-1] == wanted and made[-1] in ends
-        right.setdefault(adapter, []).append(found)
+    tokenizer = Tokenizer.from_file(str(given.bundle.path / "base" / "tokenizer.json"))
+    completions = iter(given.trace.answer.completions)
     made_rows = []
-    for adapter, answers in right.items():
-        scores = {name: 100 * float(np.mean([answer[name] for answer in answers])) for name in answers[0]}
+    for adapter, task in given.examples.items():
+        mixes = {name: given.reference.mix({adapter: 1.0}, name) for name in models}
+        right: dict[str, list[bool]] = {name: [] for name in (*models, "device")}
+        for (prompt, text), made in zip(task.scored, islice(completions, len(task.scored)), strict=True):
+            wanted, ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids), tokenizer.encode(prompt).ids
+            for name, torch_model in models.items():
+                right[name].append(_completes(torch_model, mixes[name], ids, wanted, ends))
+            right["device"].append(made[:-1] == wanted and made[-1] in ends)
+        scores = {name: 100 * float(np.mean(found)) for name, found in right.items()}
         passed = abs(scores[judge] - scores["device"]) <= points + 1e-9
+        examples = Sample(checked=len(task.scored), of=task.of)
         made_rows.append(
-            TaskRow(adapter=adapter, metric="exact_match", reference=scores[judge], passed=passed, **scores)
+            TaskRow(
+                adapter=adapter,
+                metric="exact_match",
+                reference=scores[judge],
+                passed=passed,
+                examples=examples,
+                **scores,
+            )
         )
     return tuple(made_rows)
 

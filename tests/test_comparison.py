@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from calora_export import cli, comparison
 from calora_export.errors import PackageError
-from calora_export.report import Bench, Report, RouterRow, Safety, Swap
+from calora_export.report import Bench, Report, RouterRow, Safety, Sample, Swap
 from tests.test_report import FAILED, MIX, PASSED, SPEED
 
 replace = msgspec.structs.replace
@@ -103,6 +103,17 @@ def test_times_that_say_nothing_of_each_other_are_not_judged(tmp_path: Path, cha
     assert made.regressions == () and made.notes == (f"latency is not judged: {reason}",)
     (row,) = (row for row in made.rows if row.name == "decode_tok_s")
     assert row.judged is False and row.change is not None
+
+
+def test_scores_over_other_examples_are_not_judged(tmp_path: Path) -> None:
+    (task,) = PASSED.tasks
+    few = replace(PASSED, tasks=(replace(task, device=0.0, examples=Sample(checked=4, of=200)),))
+    made = compared(tmp_path, few)
+    assert made.regressions == ()
+    assert made.notes == ("tasks are not judged: examples scored in A 200, in B 4 of 200",)
+    (row,) = (row for row in made.rows if row.name == "task reverse")
+    assert (row.b, row.judged, row.worse) == (0.0, False, False)
+    assert compared(tmp_path, few, replace(few, tasks=(replace(few.tasks[0], device=1.5),))).regressions == (row.name,)
 
 
 def test_bench_with_bench_and_with_a_report(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from calora_export.profiles import Budget, Profile
 from tests.bundles import HEADS, HIDDEN, KV_HEADS, LAYERS, LINEARS, LORA_SITES, RECOVERY_SITES
 
 MB = 2**20
-FACTS = ("soc", "ram_mb", "memory_mb", "os_floor", "compute_units", "threads", "cores", "budget")
+FACTS = ("soc", "ram_mb", "memory_mb", "os_floor", "compute_units", "threads", "cores", "examples", "budget")
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -41,6 +41,7 @@ def test_a_profile_is_found_by_name_kind_and_file(tmp_path: Path) -> None:
         ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\n[budget]\nswap_s = 1', "swap_s"),
         ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\n[budget]\nswap_ms = 0', "swap_ms"),
         ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\ncores = [-1]', "cores"),
+        ('kind = "adb"\ndescription = "d"\ntargets = ["onnx"]\nexamples = 0', "examples"),
         ("kind =", "phone.toml: "),
     ],
 )

@@ -30,6 +30,7 @@ from calora_export.report import (
     Report,
     RouterRow,
     Safety,
+    Sample,
     Series,
     Speed,
     Spread,
@@ -70,7 +71,7 @@ SCHEMA = {
     ],
     "safety": ["aba_bit_identical", "kv_isolated", "wrong_base_refused"],
     "router": ["cases", "decisions_equal", "gates_max_abs", "accuracy"],
-    "tasks": ["adapter", "metric", "reference", "device", "passed", "source", "target"],
+    "tasks": ["adapter", "metric", "reference", "device", "passed", "source", "target", "examples"],
     "latency": [
         "load_ms",
         "swap_ms",
@@ -148,7 +149,16 @@ PASSED = Report(
     parity=(BASE, ADAPTER, MIX),
     safety=Safety(aba_bit_identical=True, kv_isolated=True, wrong_base_refused=True),
     router=RouterRow(cases=40, decisions_equal=True, gates_max_abs=1e-7, accuracy=0.975),
-    tasks=(TaskRow(adapter="reverse", metric="exact_match", reference=0.93, device=0.925, passed=True),),
+    tasks=(
+        TaskRow(
+            adapter="reverse",
+            metric="exact_match",
+            reference=0.93,
+            device=0.925,
+            passed=True,
+            examples=Sample(checked=200, of=200),
+        ),
+    ),
     latency=Latency(
         load_ms=412.3,
         swap_ms=Swap(p50=0.62, p90=1.31),

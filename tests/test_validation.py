@@ -24,7 +24,7 @@ from calora_export import report as reports
 from calora_export.compression import Activations
 from calora_export.devices import host
 from calora_export.errors import DeviceError, FingerprintError
-from calora_export.jobs import InterruptedRun, Job, Trace
+from calora_export.jobs import Completion, InterruptedRun, Job, Trace
 from calora_export.package import Package
 from calora_export.report import Report
 from calora_export.runtimes import Mix, onnx
@@ -347,6 +347,34 @@ def test_a_budget_that_is_not_kept_fails(copy: Path, tiny: Path, tmp_path: Path)
     assert done.exit_code == 3 and "OVER" in done.output
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_profile_says_how_many_examples_are_scored(tiny: Path, package: Path, tmp_path: Path) -> None:
+    """Of three, of which the middle one is wrong: the device and the reference are scored over the same ones."""
+    prompts = ("alpha one", "alpha two", "alpha three")
+    bundle, copy = copy_bundle(tiny, tmp_path / "bundle"), copy_package(package, tmp_path / "package")
+    tokenizer = Tokenizer.from_file(str(bundle / "base" / "tokenizer.json"))
+    asked = tuple(Completion("alpha", tuple(tokenizer.encode(prompt).ids), 1) for prompt in prompts)
+    answer = host.answer(packages.load(copy), Job(threads=1, completions=asked)).answer
+    (first,), (middle,), (last,) = answer.completions
+    assert middle not in (first, last)
+    edit_json(copy / "package.json", lambda manifest: manifest["model"].update(eos=[first, last]))  # right: at once
+    lines = [json.dumps({"prompt": prompt, "completion": ""}) + "\n" for prompt in prompts]
+    (bundle / "eval" / "alpha.jsonl").write_text("".join(lines))
+    profile = tmp_path / "slow.toml"
+    for examples, score, said in ((2, 100.0, "2 of 3"), (3, 200 / 3, "3"), (1, 100.0, "1 of 3")):
+        profile.write_text(f'kind = "ssh"\ndescription = "d"\ntargets = ["onnx"]\nexamples = {examples}\n')
+        made = pipeline.validate(copy, bundle, profile=str(profile))
+        assert made.passed and [str(row.examples) for row in made.tasks] == [said, said], made.problems
+        alpha = made.tasks[0]
+        assert (alpha.reference, alpha.source, alpha.device) == pytest.approx((score,) * 3)
+        assert made.router is not None and made.router.cases >= 50, "all else is as complete as ever"
+        assert {row.case for row in made.parity} >= EVERY - {"route:alpha+beta", "sentence:1:alpha+beta"}
+        page = (copy / "report" / "report.html").read_text()
+        assert f"exact_match, {said} examples: " in page
+    done = CliRunner().invoke(cli.app, ["validate", str(copy), "--bundle", str(bundle), "--profile", str(profile)])
+    assert done.exit_code == 0 and "1 of 3" in done.stdout
+
+
 # ── the command ───────────────────────────────────────────────────────────────────────────────────
 
 PARITY = {
@@ -390,8 +418,9 @@ def test_validate_json_is_the_documented_document(copy: Path, tiny: Path) -> Non
     assert document["safety"] == SAFE
     assert set(document["router"]) == {"cases", "decisions_equal", "gates_max_abs", "accuracy"}
     assert {row["adapter"] for row in document["tasks"]} == {"alpha", "beta"}
-    task = {"adapter", "metric", "reference", "device", "passed", "source", "target"}
+    task = {"adapter", "metric", "reference", "device", "passed", "source", "target", "examples"}
     assert all(set(row) == task and row["reference"] == row["source"] for row in document["tasks"])
+    assert all(row["examples"] == {"checked": 3, "of": 3} for row in document["tasks"])
     assert set(document["latency"]) == LATENCY and set(document["latency"]["swap_ms"]) == {"p50", "p90"}
     numbers = {name: value for name, value in document["latency"].items() if name != "swap_ms"}
     assert all(value is not None and value > 0 for value in numbers.values()), numbers
