@@ -23,36 +23,8 @@ void activate(const Group& group, const Member& member, float* h, int64_t positi
   for (int64_t r = 0; member.up_scale && r < count; ++r) h[r] *= member.up_scale[first + r];
 }
 
-#if defined(__x86_64__)
-namespace avx2 {
-CALORA_TARGET(CALORA_AVX2)
-using Lanes = Avx2;
-#include "tiles.h"
-#include "exponential.h"
-#include "slot_kernel.h"
-CALORA_TARGET_END
-} // namespace avx2
-
-namespace avx512 {
-CALORA_TARGET(CALORA_AVX512)
-using Lanes = Avx512;
-#include "tiles.h"
-#include "exponential.h"
-#include "slot_kernel.h"
-CALORA_TARGET_END
-} // namespace avx512
-#endif
-
-namespace baseline {
-#if defined(__aarch64__)
-using Lanes = Neon;
-#else
-using Lanes = Plain;
-#endif
-#include "tiles.h"
-#include "exponential.h"
-#include "slot_kernel.h"
-} // namespace baseline
+#define CALORA_KERNEL "slot_kernel.h"
+#include "instruction_sets.h"
 
 /// One instruction set's functions (slot_kernel.h).
 struct Kernels {

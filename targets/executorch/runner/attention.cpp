@@ -34,36 +34,8 @@ struct Softmax {
   float maximum = -INFINITY, sum = 0.0f;
 };
 
-#if defined(__x86_64__)
-namespace avx2 {
-CALORA_TARGET(CALORA_AVX2)
-using Lanes = Avx2;
-#include "tiles.h"
-#include "exponential.h"
-#include "attention_kernel.h"
-CALORA_TARGET_END
-} // namespace avx2
-
-namespace avx512 {
-CALORA_TARGET(CALORA_AVX512)
-using Lanes = Avx512;
-#include "tiles.h"
-#include "exponential.h"
-#include "attention_kernel.h"
-CALORA_TARGET_END
-} // namespace avx512
-#endif
-
-namespace baseline {
-#if defined(__aarch64__)
-using Lanes = Neon;
-#else
-using Lanes = Plain;
-#endif
-#include "tiles.h"
-#include "exponential.h"
-#include "attention_kernel.h"
-} // namespace baseline
+#define CALORA_KERNEL "attention_kernel.h"
+#include "instruction_sets.h"
 
 void attend(const Queries& queries) {
 #if defined(__x86_64__)
