@@ -21,12 +21,12 @@ from calora_export.errors import CaloraError
 from calora_export.screen import (
     emit,
     err,
-    megabytes,
     out,
     show_budget,
     show_bundle,
     show_comparison,
-    show_joint,
+    show_exported,
+    show_formats,
     show_latency,
     show_package,
     show_report,
@@ -147,30 +147,15 @@ def export(
         package = pipeline.export(bundle, out_dir, recipe, say, device)
         for line in fitness.check(device, out_dir) if device is not None else ():
             err.print(f"note: {line}", markup=False)
-        size = sum(entry.size for entry in package.manifest.files.values())
-        changed, joint = package.manifest.represented, package.manifest.joint_basis
+        made = package.manifest
         if json:
             emit(
-                {
-                    "package": str(out_dir),
-                    "target": package.manifest.target,
-                    "bytes": size,
-                    "represented": changed,
-                }
-                | ({} if joint is msgspec.UNSET else {"joint_basis": joint})
+                {"package": str(out_dir), "target": made.target, "bytes": made.nbytes, "represented": made.represented}
+                | ({} if made.zeros is msgspec.UNSET else {"zeros": made.zeros})
+                | ({} if made.joint_basis is msgspec.UNSET else {"joint_basis": made.joint_basis})
             )
         else:
-            held = f"{len(package.manifest.adapters)} adapters, {megabytes(size)} in all"
-            out.print(f"Wrote {out_dir}: {held}.", markup=False)
-            if changed:
-                worst = min(changed, key=lambda entry: entry.sqnr_db)
-                out.print(
-                    f"Not exactly as the bundle has them: {len(changed)} weights "
-                    f"(worst: {worst.module}, {worst.stored} held as {worst.held}, {worst.sqnr_db} dB).",
-                    markup=False,
-                )
-            if joint is not msgspec.UNSET:
-                show_joint(joint)
+            show_exported(made, out_dir)
 
 
 @app.command("add-adapter")
@@ -349,8 +334,11 @@ def list_things(
 ) -> None:
     """List what this tool knows: targets, recipes, devices, kinds of adapters and routers, weight formats."""
     with reporting(debug):
-        from calora_export import catalogue
+        from calora_export import catalogue, formats
 
+        if what is Listable.formats and not json:
+            show_formats(formats.matrix())
+            return
         entries = catalogue.entries(what.value)
         if json:
             emit({what.value: entries})

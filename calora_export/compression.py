@@ -96,6 +96,20 @@ def form(weight: DenseWeight | PackedWeight) -> str:
     return f"{kind}{weight.bits}/{weight.group_size if weight.scale.shape[1] > 1 else 0}{own}"
 
 
+def fewest_bits(*parts: np.ndarray | None) -> int:
+    """Of 4 and 8, the fewer that hold integers and their zero points."""
+    return 4 if all(part is None or (part.min() >= -8 and part.max() <= 7) for part in parts) else 8
+
+
+def nonzero(values: np.ndarray, zero: np.ndarray | None = None, codebook: np.ndarray | None = None) -> np.ndarray:
+    """bool [out, in]: which numbers of a weight are not 0; values, zero and codebook are as a PackedWeight's."""
+    if codebook is not None:
+        return codebook[values] != 0
+    if zero is None:
+        return values != 0
+    return (values.reshape(*zero.shape, -1) != zero[..., None]).reshape(values.shape)
+
+
 def sqnr(original: np.ndarray, made: np.ndarray) -> float:
     """Signal to quantisation noise in dB, of float32 arrays of one shape."""
     noise = float(np.square(original - made).sum())

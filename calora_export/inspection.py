@@ -16,6 +16,15 @@ from calora_export.bundle import BaseConfig, CompressionStep
 from calora_export.errors import PackageError, mismatch
 
 
+class PrunedView(Struct, frozen=True):
+    """A prune step: bytes of its weights' numbers, and of how many of these at least are zeros, as the pattern says."""
+
+    pattern: str
+    weights: int
+    bytes: int
+    zero_bytes: int | None
+
+
 class BaseView(Struct, frozen=True):
     architecture: str
     parameters: int
@@ -23,6 +32,7 @@ class BaseView(Struct, frozen=True):
     fingerprint: str
     compression: list[str]
     stored: dict[str, int]
+    pruned: list[PrunedView]
 
 
 class AdapterView(Struct, frozen=True):
@@ -67,6 +77,7 @@ class PackageView(Struct, frozen=True, tag_field="kind", tag="package"):
     base_fingerprint: str
     model: packages.ModelInfo
     represented: list[packages.Represented]
+    zeros: packages.Zeros | None
     slots: int
     gate: str
     adapters: list[AdapterView]
@@ -90,6 +101,22 @@ def _step(step: CompressionStep) -> str:
     group = f"group {step.group_size}" if step.group_size else ""
     zero = "zero points" if step.symmetric is False else ""
     return " ".join(filter(None, [step.scheme, step.pattern, group, zero]))
+
+
+def _pruned(bundle: bundles.Bundle, step: CompressionStep) -> PrunedView:
+    formats = bundle.weights.formats
+    sites = bundles.expand_sites(step.sites, formats)
+    size = sum(_nbytes(bundle, site) for site in sites)
+    return PrunedView(step.pattern or "", len(sites), size, size // 2 if step.pattern == "2:4" else None)
+
+
+def _nbytes(bundle: bundles.Bundle, site: str) -> int:
+    """Of a weight's numbers as they are stored, without scales."""
+    kept = bundle.weights.formats[site]
+    if kept.bits is not None:
+        return prod(kept.shape) * kept.bits // 8
+    info = bundle.base.info(f"{site}.weight")
+    return info.end - info.start
 
 
 def _is_part(tensor: str, packed: Collection[str]) -> bool:
@@ -116,6 +143,7 @@ def _bundle(path: Path) -> BundleView:
         bundle.manifest.base.fingerprint,
         steps,
         dict(stored),
+        [_pruned(bundle, step) for step in bundle.manifest.base.compression if step.pattern in ("2:4", "unstructured")],
     )
     spec = bundle.manifest.router
     return BundleView(
@@ -166,6 +194,7 @@ def _package(path: Path) -> PackageView:
         made.base_fingerprint,
         made.model,
         list(made.represented),
+        made.zeros or None,
         len(made.slots.tensors),
         made.slots.gate,
         adapters,

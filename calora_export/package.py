@@ -136,6 +136,20 @@ class Represented(Struct, frozen=True, forbid_unknown_fields=True):
     sqnr_db: float
 
 
+class Zeros(Struct, frozen=True, forbid_unknown_fields=True):
+    """The zeros of pruned weights: of those of which, as the bundle has them, a mask and the other numbers take less.
+
+    weights: how many those are; numbers: in them; zeros: of these. bytes: what the zeros take in the model's files,
+    `dense` as numbers like the others, `sparse` as a mask of a bit a number.
+    """
+
+    weights: int
+    numbers: int
+    zeros: int
+    stored: Literal["dense", "sparse"]
+    bytes: int
+
+
 class RouterEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """The router's file, its tokenizer, and how the text gets to it."""
 
@@ -194,6 +208,12 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileEntry]
     versions: dict[str, str]
     joint_basis: JointBasis | UnsetType = UNSET
+    zeros: Zeros | UnsetType = UNSET
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(entry.size for entry in self.files.values())
 
     @property
     def quantised(self) -> bool:

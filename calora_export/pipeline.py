@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from calora_export import adapter_format, devices, factors, fitness, joint_basis, profiles, targets, tokens
+from calora_export import adapter_format, devices, factors, fitness, joint_basis, profiles, sparsity, targets, tokens
 from calora_export import adapters as rows
 from calora_export import bundle as bundles
 from calora_export import package as packages
@@ -311,6 +311,7 @@ class _Export:
             files={},
             versions=_versions(),
             joint_basis=joint,
+            zeros=sparsity.total(weights.pruned.values(), self.recipe),
         )
 
 

@@ -14,13 +14,16 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from calora_export.comparison import Comparison
-    from calora_export.inspection import BundleView, CoremlView, PackageView
+    from calora_export.formats import Cell
+    from calora_export.inspection import BundleView, CoremlView, PackageView, PrunedView
     from calora_export.neural_engine import Finding
-    from calora_export.package import JointBasis
+    from calora_export.package import JointBasis, Manifest, Zeros
     from calora_export.report import BudgetRow, Latency, Report, Speed
 
 # Without emoji: `apple:x: …` is the name of a device.
 out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+PIPE = 10_000  # characters that a line may have
 
 
 def emit(document: object) -> None:
@@ -33,7 +36,42 @@ def show_rows(entries: Sequence[dict[str, str]]) -> None:
         table.add_column(escape(column), overflow="fold")
     for entry in entries:
         table.add_row(*map(escape, entry.values()))
-    out.print(table)
+    whole = out if out.is_terminal else Console(emoji=False, width=PIPE)  # in a pipe a row is a line
+    whole.print(table)
+
+
+def show_formats(cells: Sequence[Cell]) -> None:
+    """For each target a table of schemes, with a column for recipes that make the same of all of them."""
+    schemes = tuple(dict.fromkeys(cell.scheme for cell in cells))
+    for target in dict.fromkeys(cell.target for cell in cells):
+        notes: dict[str, int] = {}
+        columns: dict[str, dict[str, str]] = {}
+        for cell in cells:
+            if cell.target == target:
+                columns.setdefault(cell.recipe, {})[cell.scheme] = _outcome(cell, notes)
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for recipe, column in columns.items():
+            alike.setdefault(tuple(column[scheme] for scheme in schemes), []).append(recipe.replace(f"{target}-", "…"))
+        head = (f"{target}-…", *("\n".join(names) for names in alike.values()))
+        show_rows([dict(zip(head, row, strict=True)) for row in zip(schemes, *alike, strict=True)])
+        for note, number in notes.items():
+            out.print(f"  ({number}) {note}", markup=False, highlight=False)
+        out.print()
+    out.print(
+        "exact: the same numbers. dB: what rounding them keeps; all weights: only x is\n"
+        "rounded otherwise. refused: export ends with 1, unless what is said is done.\n"
+        "int4/32: int4 in groups of 32, /0 in rows; uint: with zero points; nf: with a\n"
+        "codebook; a8: the base reads x in int8.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _outcome(cell: Cell, notes: dict[str, int]) -> str:
+    """In a few words; why something is refused becomes a note of its own."""
+    if cell.outcome == "refused":
+        return f"refused ({notes.setdefault(cell.note, len(notes) + 1)})"
+    return f"{'exact' if cell.outcome == 'exact' else cell.note}, {cell.held_as}"
 
 
 def show_bundle(view: BundleView) -> None:
@@ -47,10 +85,26 @@ def show_bundle(view: BundleView) -> None:
             },
             {"bundle": "compression", view.name: "; ".join(base.compression) or "none"},
             {"bundle": "weights", view.name: stored},
+            *({"bundle": "pruned", view.name: pruned(step)} for step in base.pruned),
             {"bundle": "fingerprint", view.name: base.fingerprint},
         ]
     )
     show_adapters(view)
+
+
+def show_exported(made: Manifest, directory: Path) -> None:
+    out.print(f"Wrote {directory}: {len(made.adapters)} adapters, {megabytes(made.nbytes)} in all.", markup=False)
+    if made.represented:
+        worst = min(made.represented, key=lambda entry: entry.sqnr_db)
+        out.print(
+            f"Not exactly as the bundle has them: {len(made.represented)} weights "
+            f"(worst: {worst.module}, {worst.stored} held as {worst.held}, {worst.sqnr_db} dB).",
+            markup=False,
+        )
+    if made.zeros:
+        out.print(f"Zeros: {zeros(made.zeros)}.", markup=False)
+    if made.joint_basis:
+        show_joint(made.joint_basis)
 
 
 def show_joint(joint: JointBasis) -> None:
@@ -93,6 +147,7 @@ def show_package(view: PackageView) -> None:
                 view.name: f"{model.architecture}, {model.layers} layers, {model.context} positions",
             },
             {"package": "weights", view.name: changed},
+            *([] if view.zeros is None else [{"package": "zeros", view.name: zeros(view.zeros)}]),
             {"package": "slots", view.name: f"{view.slots} sites, gate {view.gate}"},
             {"package": "base", view.name: view.base_fingerprint},
         ]
@@ -276,6 +331,18 @@ def show_comparison(made: Comparison) -> None:
         out.print(f"[red]WORSE[/red] in {len(made.regressions)}: {escape(', '.join(made.regressions))}")
     else:
         out.print("[green]NOT WORSE[/green]")
+
+
+def pruned(step: PrunedView) -> str:
+    size = f"{step.weights} weights, {step.pattern}: {megabytes(step.bytes)}"
+    return size if step.zero_bytes is None else f"{size}, of which zeros take at least {megabytes(step.zero_bytes)}"
+
+
+def zeros(found: Zeros) -> str:
+    share = f"{found.zeros:,} of {found.numbers:,} numbers in {found.weights} pruned weights"
+    if found.stored == "sparse":
+        return f"{share}, left out: their mask takes {megabytes(found.bytes)}"
+    return f"{share}, stored dense: they take {megabytes(found.bytes)}"
 
 
 def number(value: float | None) -> str:

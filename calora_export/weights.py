@@ -7,21 +7,24 @@ from functools import cached_property
 
 import numpy as np
 
-from calora_export import calibration, compression
+from calora_export import calibration, compression, sparsity
 from calora_export import recipe as recipes
 from calora_export.bundle import Bundle
 from calora_export.compression import DenseWeight, PackedWeight
 from calora_export.package import Represented
 from calora_export.recipe import Recipe
+from calora_export.sparsity import Pruned
 
 
 @dataclass
 class Weights:
-    """Called with a module's name, gives its weight; `represented` grows by those that are not as stored."""
+    """Called with a module's name, gives its weight; `represented` grows by those that are not as stored, `pruned` by
+    those with zeros to leave out."""
 
     bundle: Bundle
     recipe: Recipe
     represented: dict[str, Represented] = field(default_factory=dict)
+    pruned: dict[str, Pruned] = field(default_factory=dict)
 
     def __call__(self, module: str) -> DenseWeight | PackedWeight:
         stored = self.bundle.weight(module)
@@ -33,6 +36,8 @@ class Weights:
             forms = compression.form(stored), held
             kept = compression.sqnr(original, made.weight.dequantize())
             self.represented[module] = Represented(module, *forms, round(kept, 2))
+        if found := sparsity.measure(stored, made.weight, self.recipe):
+            self.pruned[module] = found
         return made.weight
 
     @cached_property

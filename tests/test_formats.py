@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,30 @@ def test_what_the_list_says_is_what_the_cells_are() -> None:
     said = {(row["stored as"], name): row["outcome"] for row in rows for name in row["recipes"].split(", ")}
     for (scheme, recipe), cell in CELLS.items():
         assert said.get((scheme, recipe), said.get(("every scheme", recipe))) == cell.outcome
+
+
+def test_the_printed_list_has_every_cell() -> None:
+    """A block for each target, a line for each scheme; what a refusal's number means is below."""
+    blocks = CliRunner().invoke(app, ["list", "formats"]).stdout.split("\n\n")
+    for (scheme, recipe), cell in CELLS.items():
+        (block,) = (block for block in blocks if re.search(rf"(?m)^{cell.target}-…", block))
+        (line,) = (line for line in block.splitlines() if line.startswith(f"{scheme}  "))
+        assert f"…{recipe.removeprefix(f'{cell.target}-')}" in block
+        if cell.outcome == "refused":
+            number = next(line for line in block.splitlines() if line.endswith(f") {cell.note}")).split()[0]
+            assert f"refused {number}" in line
+        else:
+            assert f"{'exact' if cell.outcome == 'exact' else cell.note}, {cell.held_as}" in line
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_printed_list_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": str(columns)}.items():
+        monkeypatch.setenv(name, value)
+    lines = re.sub(r"\x1b\[\d*m", "", CliRunner().invoke(app, ["list", "formats"]).stdout).splitlines()
+    assert max(map(len, lines)) <= columns
+    names = " ".join(lines[:3])
+    assert all(f"…{name}" in names for name in ("fp16", "int4", "sparse", "int8", "multifunction"))
 
 
 @pytest.mark.parametrize("scheme", ["nf4, blocks of 64", "int4, groups, act-order", "int8, groups, zero points"])

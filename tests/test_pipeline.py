@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import UNSET
 from safetensors.numpy import load_file
 
 from calora_export import inspection, pipeline
@@ -70,7 +71,7 @@ def test_a_base_of_floats_is_quantised_and_the_package_says_so(tmp_path: Path) -
     bundle = tiny_bundle(tmp_path / "bundle", compressed=False, adapters=(), router=False)
     made = pipeline.export(bundle, tmp_path / "package", "onnx-int4").manifest
     forms = {entry.module: (entry.stored, entry.held) for entry in made.represented}
-    assert len(forms) == 2 * 7 + 2 and made.quantised
+    assert len(forms) == 2 * 7 + 2 and made.quantised and made.zeros is UNSET
     assert forms["model.embed_tokens"] == forms["lm_head"] == ("float", "int8/32")
     assert forms["model.layers.1.mlp.down_proj"] == ("float", "int4/32")
     assert all(10 < entry.sqnr_db < 60 for entry in made.represented)

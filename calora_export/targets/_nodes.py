@@ -13,6 +13,7 @@ import torch
 from msgspec import UNSET, UnsetType
 from torch.fx import Node
 
+from calora_export.compression import fewest_bits
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
 from calora_export.package import Routed, SlotTensor
@@ -60,8 +61,7 @@ class Weight:
             return 0
         if self.codebook is not None:
             return len(self.codebook).bit_length() - 1
-        parts = [self.values.numpy(), *([] if self.zero is None else [self.zero.numpy()])]
-        return 4 if all(part.min() >= -8 and part.max() <= 7 for part in parts) else 8
+        return fewest_bits(self.values.numpy(), None if self.zero is None else self.zero.numpy())
 
     @property
     def layout(self) -> Layout:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from calora_export import mlpackage
+from calora_export import mlpackage, sparsity
+from calora_export.compression import nonzero
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph, Rows
 from calora_export.package import Manifest, Slots, SlotTensor
@@ -457,8 +458,9 @@ def weight_of(held: Weight, *, sparse: bool = False) -> Var:
     """[out, in], as the bundle has it: its integers, zero points and scales; its codebook's positions, and a scale for
     what they mean; or fp16. sparse: without its zeros, where a bit for each number and the others take less."""
     if sparse:
-        mask, bits = _nonzero(held), held.bits or 16
-        if mask.sum() * bits + mask.size < mask.size * bits:
+        values = held.values.numpy()
+        mask = nonzero(values if held.bits else values.astype(HALF), _array(held.zero), _array(held.codebook))
+        if sparsity.pays(mask.size - int(mask.sum()), mask.size, held.bits or 16):
             return _without_zeros(held, mask)
     if not held.bits:
         return _constant(held.name, held.values.numpy())
@@ -471,18 +473,6 @@ def weight_of(held: Weight, *, sparse: bool = False) -> Var:
     dtype = types.np_int4_dtype if held.bits == 4 else np.dtype(np.int8)
     data, offset = (None if part is None else part.numpy().view(dtype) for part in (held.values, held.zero))
     return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset, name=f"{label}_q")
-
-
-def _nonzero(held: Weight) -> np.ndarray:
-    """bool [out, in]: which numbers are not 0."""
-    values = held.values.numpy()
-    if not held.bits:
-        return values.astype(HALF) != 0
-    if held.codebook is not None:
-        return held.codebook.numpy()[values] != 0
-    if held.zero is None:
-        return values != 0
-    return (values.reshape(*held.scale.shape, -1) != held.zero.numpy()[..., None]).reshape(values.shape)
 
 
 def _without_zeros(held: Weight, mask: np.ndarray) -> Var:

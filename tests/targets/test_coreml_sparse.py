@@ -77,6 +77,8 @@ def test_a_pruned_package_is_smaller_and_computes_the_same(exported: Export, tin
     sizes = [sum(file.size for name, file in listed.items() if "weight.bin" in name) for listed in files]
     numbers = sum(np.prod(s) for name, s in bundles.load(tiny).linears.items() if name.endswith("q_proj"))
     assert sizes[0] - sizes[1] == pytest.approx(numbers / 8, rel=0.2)  # of 4 bits a number, 1 is saved
+    dense, mask = (package.manifest.zeros.bytes for package in (whole, sparse) if package.manifest.zeros)
+    assert sizes[0] - sizes[1] == pytest.approx(dense - mask, abs=256)  # blobs begin at multiples of 64
 
 
 def test_other_targets_have_no_sparse_form(tmp_path: Path, edited: Callable[[str, str], Path]) -> None:
