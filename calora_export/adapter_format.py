@@ -41,10 +41,13 @@ Rank = Annotated[int, Meta(ge=1)]
 _Number = TypeVar("_Number", int, float)
 
 
+class _PeftType(msgspec.Struct, frozen=True):
+    peft_type: str
+
+
 class PeftConfig(msgspec.Struct, frozen=True):
     """What of PEFT's LoraConfig decides the result; the keys that only matter in training are not read."""
 
-    peft_type: str
     r: Rank
     lora_alpha: Positive
     use_rslora: bool = False
@@ -145,10 +148,12 @@ class SiteBranch:
 def read_config(directory: Path, label: str) -> PeftConfig:
     """adapter_config.json of `directory`; UnsupportedError, with the reason, for what is not plain LoRA."""
     file = f"{label}/{CONFIG}"
-    config = strict_json.read(directory / CONFIG, PeftConfig, file)
-    if config.peft_type != "LORA":
+    content = strict_json.read_bytes(directory / CONFIG, file)
+    kind = strict_json.decode(content, _PeftType, file).peft_type
+    if kind != "LORA":
         hint = "train LoRA, or convert it to LoRA"
-        raise UnsupportedError(mismatch(file, "peft_type", "LORA", strict_json.plain(config.peft_type), hint))
+        raise UnsupportedError(mismatch(file, "peft_type", "LORA", strict_json.plain(kind), hint))
+    config = strict_json.decode(content, PeftConfig, file)
     if config.bias != "none":
         hint = "slots have no bias; train with bias none"
         raise UnsupportedError(mismatch(file, "bias", "none", strict_json.plain(config.bias), hint))

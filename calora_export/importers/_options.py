@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,12 @@ Rslora = Annotated[bool, typer.Option("--rslora", help="It was trained with the 
 Tasks = Annotated[
     str, typer.Option(help="The tasks' names in the order of their indices: one,two,…", show_default=False)
 ]
+
+
+def require_positive(option: str, value: float) -> None:
+    """BundleError unless the number of an option is finite and above 0."""
+    if not 0 < value < math.inf:
+        raise BundleError(mismatch(option, "value", "a number above 0", f"{value:g}"))
 
 
 def task_names(tasks: str) -> tuple[str, ...]:

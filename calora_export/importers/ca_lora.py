@@ -20,7 +20,7 @@ from calora_export.errors import BundleError, mismatch
 from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._draft import adapter_id, draft
 from calora_export.importers._lowrank import Act, LowRank, Pair
-from calora_export.importers._options import Base, Name, Out, TopK
+from calora_export.importers._options import Base, Name, Out, TopK, require_positive
 
 Sources = Annotated[
     list[Path], typer.Argument(help=".pt files, or directories with inherit/ and recover/.", show_default=False)
@@ -45,6 +45,8 @@ def run(
 
     An adapter's id is its file's name without suffix, or its directory's. BundleError in one line.
     """
+    if alpha is not None:
+        require_positive("--alpha", alpha)
     ids: list[str] = []
     for path in sources:
         if not path.is_dir() and alpha is None:
@@ -77,4 +79,9 @@ def _file(path: Path, linears: Mapping[str, tuple[int, int]], alpha: float, act:
 
 
 def _directory(path: Path, linears: Mapping[str, tuple[int, int]]) -> LowRank:
-    return LowRank(_lowrank.add([_lowrank.read(path / part, linears) for part in ("inherit", "recover")]))
+    parts = [path / part for part in ("inherit", "recover")]
+    for part in parts:
+        if not part.is_dir():
+            hint = "import peft takes a single PEFT directory"
+            raise BundleError(mismatch(path, part.name, "a PEFT directory", "nothing", hint))
+    return LowRank(_lowrank.add([_lowrank.read(part, linears) for part in parts]))

@@ -21,7 +21,7 @@ Id = Annotated[str, typer.Option("--id", help="The id of the one adapter that th
 
 
 def run(base: Base, links: Links, out: Out, identifier: Id, name: Name = None) -> Imported:
-    """The LoRAs of a chain or of boosting rounds, as PEFT directories: their sum is one adapter.
+    """Chain of LoRA, XGBLoRA: the LoRAs of a chain or of boosting rounds, as PEFT directories; one adapter, their sum.
 
     BundleError or UnsupportedError in one line: so for a chain that was merged into its model.
     """

@@ -20,7 +20,7 @@ from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import Draft, adapter_id, directory_ids, draft
 from calora_export.importers._lowrank import Experts, LowRank, Pair
-from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out
+from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out, require_positive
 
 Lora = Annotated[
     Path | None, typer.Option(help="The plain LoRA on the attention, as a PEFT directory.", show_default=False)
@@ -33,10 +33,11 @@ _KEY = re.compile(rf"(?P<scope>.*layers\.\d+\.mlp)\.(?:router\.(?:weight|bias)|{
 def run(
     base: Base, checkpoint: Checkpoint, out: Out, alpha: Alpha, lora: Lora = None, name: Name = None
 ) -> Imported:
-    """The experts of a LLaVA-MoLE checkpoint and the routers that weigh them by token: one adapter.
+    """LLaVA-MoLE, language part: the experts of a checkpoint and the routers that weigh them by token: one adapter.
 
     BundleError or UnsupportedError in one line.
     """
+    require_positive("--alpha", alpha)
     identifier = adapter_id(checkpoint, [])
     directory_ids([] if lora is None else [lora])
     with draft(base, out, name, "llava-mole") as made:

@@ -18,9 +18,14 @@ Pickle = Annotated[Path, typer.Argument(help="The pytorch_model.bin of LLM-Prune
 
 
 def run(checkpoint: Pickle, out: Out) -> Imported:
-    """Refused: LLM-Pruner pickles a module, code and all. UnsupportedError says what works instead: its tensors."""
+    """Refused: LLM-Pruner pickles a module, code and all. Its tensors are a base that import peft takes.
+
+    UnsupportedError says how.
+    """
     if not checkpoint.is_file():
-        raise BundleError(mismatch(checkpoint, "checkpoint", "a file", "nothing"))
+        hint = "import peft takes a base that was saved as safetensors" if checkpoint.is_dir() else ""
+        found = "a directory" if checkpoint.is_dir() else "nothing"
+        raise BundleError(mismatch(checkpoint, "checkpoint", "a file", found, hint))
     hint = "save its model.state_dict() as model.safetensors beside the config.json it was pruned from, and import peft"
     expected = "tensors without code"
     raise UnsupportedError(mismatch(checkpoint, "file", expected, "a pickled module", hint))

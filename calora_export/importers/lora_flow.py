@@ -20,13 +20,13 @@ from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import Draft, directory_ids, draft
 from calora_export.importers._lowrank import Experts, LowRank
-from calora_export.importers._options import Adapters, Base, Checkpoint, Name, Out
+from calora_export.importers._options import Adapters, Base, Checkpoint, Name, Out, require_positive
 from calora_export.manifest import check_id
 from calora_export.sites import natural_key, owners
 
 Id = Annotated[str, typer.Option("--id", help="The id of the one adapter that they become.", show_default=False)]
 Temperature = Annotated[
-    float, typer.Option(min=1e-6, help="What divides the gate's scores; the authors run zh_math and ru_math with 1.1.")
+    float, typer.Option(help="What divides the gate's scores; the authors run zh_math and ru_math with 1.1.")
 ]
 
 GATE, BIAS = "lora_fusion_gate.weight", "weight_bias"
@@ -42,10 +42,11 @@ def run(
     temperature: Temperature = 1.0,
     name: Name = None,
 ) -> Imported:
-    """LoRAs, as PEFT directories in the gate's order, and the gates that weigh them by token: one adapter.
+    """LoRA-Flow: PEFT directories in the gate's order, and the gates that weigh them by token; one adapter.
 
     BundleError or UnsupportedError in one line.
     """
+    require_positive("--temperature", temperature)
     check_id(identifier, "--id", "id")
     directory_ids(adapters)
     with draft(base, out, name, "lora-flow") as made:
@@ -77,7 +78,10 @@ def _routers(
         for part in (GATE, BIAS):
             if part not in keys:
                 raise state.wrong(f"encoder.{name.partition('.')[2]}.{part}", "a tensor", "nothing")
-        features = (*state.shape(keys[GATE]), 0, 0)[1]
+        rows, features = (*state.shape(keys[GATE]), 0, 0)[:2]
+        if rows != count:
+            hint = "name the LoRAs' directories in the gate's order"
+            raise state.wrong(keys[GATE], f"a row for each of {count} LoRAs", rows, hint)
         weight, bias = state.take(keys[GATE], (count, features)), _bias(state, keys[BIAS], count)
         routers[name] = weight / np.float32(temperature), np.stack([np.zeros_like(bias), bias])
     return routers

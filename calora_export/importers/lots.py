@@ -17,7 +17,7 @@ from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import draft
 from calora_export.importers._lowrank import Core
-from calora_export.importers._options import Base, Checkpoint, Name, Out
+from calora_export.importers._options import Base, Checkpoint, Name, Out, require_positive
 from calora_export.manifest import check_id
 
 Scale = Annotated[float, typer.Option(help="What multiplies U Σ Vᵀ: alpha / r, where B A alone was compressed.")]
@@ -27,10 +27,11 @@ _SIGMA = ".sigma."
 
 
 def run(base: Base, checkpoint: Checkpoint, out: Out, scale: Scale = 1.0, name: Name = None) -> Imported:
-    """LoRAs in a joint basis U, V with one Σ each: the basis is stored once, an adapter is its Σ.
+    """Compress then Serve: LoRAs in a joint basis U, V with one Σ each; the basis is stored once, an adapter is its Σ.
 
     BundleError in one line.
     """
+    require_positive("--scale", scale)
     with draft(base, out, name, "lots") as made:
         state = _checkpoint.read(checkpoint)
         sites = _sites(state)

@@ -20,12 +20,12 @@ from calora_export.importers import Imported, _checkpoint, _encoders, _lowrank
 from calora_export.importers._checkpoint import Checkpoint as StateDict
 from calora_export.importers._draft import draft
 from calora_export.importers._lowrank import Core
-from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out, Tasks, task_names
+from calora_export.importers._options import Alpha, Base, Checkpoint, Name, Out, Tasks, require_positive, task_names
 from calora_export.manifest import RouterSpec
 from calora_export.router_config import TableConfig
 
 Temperature = Annotated[
-    float, typer.Option(min=0.0, help="B_scale as trained: what divides lora_B_w.", show_default=False)
+    float, typer.Option(help="B_scale as trained: what divides lora_B_w.", show_default=False)
 ]
 
 BASIS = "tasks"
@@ -47,6 +47,8 @@ def run(
     BundleError in one line.
     """
     names = task_names(tasks)
+    require_positive("--alpha", alpha)
+    require_positive("--temperature", temperature)
     with draft(base, out, name, "mtl-lora") as made:
         state = _checkpoint.read(checkpoint, "module.")
         found = state.sites(MARKER)
@@ -91,7 +93,9 @@ def _layer(state: StateDict, site: str, parts: set[str], linears: Mapping[str, t
     rows, columns = state.site_shape(site, linears, f"{key}A")
     state.require(site, MARKER, parts, _PARTS | (parts & {"scaler"}))
     r = (*state.shape(f"{key}A"), 0, 0)[1]
-    diagonal = len(state.shape(f"{key}lambdas")) == 2
+    trained, diagonal = (*state.shape(f"{key}lambdas"), 0)[0], len(state.shape(f"{key}lambdas")) == 2
+    if trained != tasks:
+        raise state.wrong(f"{key}lambdas", f"one for each of {tasks} tasks", trained, "--tasks names them all")
     lambdas = state.take(f"{key}lambdas", (tasks, r) if diagonal else (tasks, r, r))
     count = (*state.shape(f"{key}B"), 0)[0]
     factor = 1 / (1 + np.exp(-float(state.take(f"{key}scaler", ())))) if "scaler" in parts else 1.0

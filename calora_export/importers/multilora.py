@@ -17,7 +17,7 @@ import typer
 from calora_export.importers import Imported, _checkpoint, _lowrank
 from calora_export.importers._draft import adapter_id, draft
 from calora_export.importers._lowrank import LowRank, Pair
-from calora_export.importers._options import Alpha, Base, Name, Out
+from calora_export.importers._options import Alpha, Base, Name, Out, require_positive
 
 Checkpoints = Annotated[
     list[Path], typer.Argument(help="State dicts: .pt, .pth, .bin or .safetensors.", show_default=False)
@@ -31,6 +31,7 @@ def run(base: Base, checkpoints: Checkpoints, out: Out, alpha: Alpha, name: Name
 
     BundleError in one line.
     """
+    require_positive("--alpha", alpha)
     ids: list[str] = []
     for path in checkpoints:
         ids.append(adapter_id(path, ids))

@@ -55,6 +55,8 @@ def _read(source: Path, linears: Mapping[str, tuple[int, int]]) -> dict[str, Pai
     file = next((source / name for name in _FILES if (source / name).is_file()), source / _FILES[0])
     state = _checkpoint.read(file, "base_model.model.")
     pairs: dict[str, Pair] = {}
+    if not any(key.endswith(".coefficients") for key in state.tensors):
+        raise state.wrong("tensors", "lora_A.coefficients and lora_A.seed", "none", "import peft takes plain LoRA")
     for site, parts in state.sites(MARKER).items():
         rows, columns = state.site_shape(site, linears, f"{site}{MARKER}A.weight")
         state.require(site, MARKER, parts, _PARTS)

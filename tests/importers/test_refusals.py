@@ -64,7 +64,9 @@ def test_lora_flow(base: Path, tmp_path: Path) -> None:
     assert "weight: expected encoder.layers.<i>.lora_fusion_gate.weight or weight_bias, found" in line(
         {"weight": torch.zeros(2)}
     )
-    assert f"{first}: expected [2, 64], found [3, 64]" in line(gates | {first: torch.zeros(3, HIDDEN)})
+    assert f"{first}: expected a row for each of 2 LoRAs, found 3 (name the" in line(
+        gates | {first: torch.zeros(3, HIDDEN)}
+    )
     bias = "encoder.layers.1.weight_bias"
     assert f"{bias}: expected [1, 2], found [1, 3]" in line(gates | {bias: torch.zeros(1, 3)})
     assert "expected gates of 2 layers, found of 1" in line({k: v for k, v in gates.items() if ".1." not in k})
@@ -108,7 +110,9 @@ def test_flora_of_a_higher_rank(base: Path, tmp_path: Path) -> None:
     assert f"{site}.flora_A: expected rank 1, found rank 4 (a higher rank is that many passes through the base" in line
 
 
-def test_llm_pruner(tmp_path: Path) -> None:
+def test_llm_pruner(base: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", "llm-pruner", base)
+    assert "expected a file, found a directory (import peft takes a base that was saved as safetensors)" in line
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     line = refused(tmp_path / "out", "llm-pruner", tmp_path / "pytorch_model.bin")
     assert "a pickled module" in line and "model.state_dict()" in line
@@ -147,6 +151,40 @@ def test_sharelora_that_shares_nothing(base: Path, tmp_path: Path) -> None:
     assert "a matrix that several layers share, found none (import peft takes plain LoRA)" in line
 
 
+def test_ca_lora_needs_both_directories(base: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", "ca-lora", base, peft_dir(tmp_path / "a"))
+    assert "inherit: expected a PEFT directory, found nothing (import peft takes a single PEFT directory)" in line
+
+
+def test_an_adapter_of_another_method(base: Path, tmp_path: Path) -> None:
+    directory = peft_dir(tmp_path / "a")
+    line = refused(tmp_path / "out", "nola", base, directory, "--trained-on", "cpu")
+    assert "expected lora_A.coefficients and lora_A.seed, found none (import peft takes plain LoRA)" in line
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    line = refused(tmp_path / "out", "peft", base, directory)
+    assert "peft_type: expected LORA, found IA3 (train LoRA, or convert it to LoRA)" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("ca-lora",), "--alpha"),
+        (("mtl-lora", "--alpha", 8, "--tasks", "one"), "--temperature"),
+        (("mtl-lora", "--temperature", 1, "--tasks", "one"), "--alpha"),
+        (("multilora",), "--alpha"),
+        (("llava-mole",), "--alpha"),
+        (("lots",), "--scale"),
+        (("lora-flow", "a", "--id", "x"), "--temperature"),
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "inf"])
+def test_numbers_that_no_training_had(
+    base: Path, tmp_path: Path, command: tuple[object, ...], option: str, value: str
+) -> None:
+    line = refused(tmp_path / "out", command[0], base, tmp_path / "a.pt", *command[1:], option, value)
+    assert line == f"{option}: value: expected a number above 0, found {value}"
+
+
 def test_ca_lora_needs_alpha_for_a_file(base: Path, tmp_path: Path) -> None:
     methods.ca_lora(SITES, tmp_path / "a.pt", 2, 4, "gelu")
     assert "--alpha: expected lora_alpha" in refused(tmp_path / "out", "ca-lora", base, tmp_path / "a.pt")
@@ -156,7 +194,7 @@ def test_mtl_lora_with_other_tasks(base: Path, tmp_path: Path) -> None:
     methods.mtl_lora(SITES, tmp_path / "a.pt", 3, 8, 1.0, diagonal=True, scaler=False)
     numbers = ["--alpha", 8, "--temperature", 1]
     line = refused(tmp_path / "out", "mtl-lora", base, tmp_path / "a.pt", *numbers, "--tasks", "one,two")
-    assert "lora_lambdas: expected [2, 4], found [3, 4]" in line
+    assert "lora_lambdas: expected one for each of 2 tasks, found 3 (--tasks names them all)" in line
     line = refused(tmp_path / "out", "mtl-lora", base, tmp_path / "a.pt", *numbers, "--tasks", "a,b,a")
     assert "--tasks: [2]: expected a name of its own, found a again" in line
 
