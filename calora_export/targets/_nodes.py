@@ -142,6 +142,11 @@ def integer(arg: object) -> int:
     return arg
 
 
+def real(arg: object) -> float:
+    assert isinstance(arg, float), arg
+    return arg
+
+
 def items(arg: object) -> Sequence[object]:
     assert isinstance(arg, (list, tuple)), arg
     return arg

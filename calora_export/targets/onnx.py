@@ -12,7 +12,6 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,28 +23,23 @@ from torch.fx import Node
 
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph
-from calora_export.package import Manifest, Slots, SlotTensor, groups_of
+from calora_export.package import Manifest, Slots
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
 from calora_export.targets import Origin, _genai, _nodes, _onnx_fusions, _onnx_weights
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
-from calora_export.targets._onnx_builder import CONTRIB, OPSET, OURS, Builder, DataFile, named
-from calora_export.targets._onnx_fusions import Normed
+from calora_export.targets._onnx_builder import CONTRIB, OPSET, Builder, DataFile, named
+from calora_export.targets._onnx_slots import RECOVERY, ROWS, Group, OurSlots, StockSlots, declare_input
 
 MODEL = "model.onnx"
-ADAPTERS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
-ROWS, SCALES = "rows", "scales"
-SLOTS = 3  # that an operator of ours takes at most
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # accuracy_level of MatMulNBits
-
-Members = Sequence[tuple[int, str]]  # of a group that have slots: index in the group, site
 
 
 def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slots:
     """Write model.onnx and model.onnx.data; return which tensors an adapter file must hold."""
     with DataFile(directory / f"{MODEL}.data") as data:
-        lowering = _Lowering(graph, recipe, Builder(data))
-        outputs = lowering.run(bytes.fromhex(origin.fingerprint.removeprefix("sha256:")))
+        lowering = _Lowering(graph, recipe, Builder(data), bytes.fromhex(origin.fingerprint.removeprefix("sha256:")))
+        outputs = lowering.run()
     ir.save(lowering.build.model(outputs), directory / MODEL)
     scaled, routed = _nodes.extras(graph)
     return Slots(
@@ -55,7 +49,7 @@ def lower(graph: Graph, recipe: Recipe, directory: Path, origin: Origin) -> Slot
         fingerprint="base_fingerprint",
         dtype=recipe.adapters,
         tensors=lowering.tensors,
-        rows=ROWS if lowering.places else UNSET,
+        rows=ROWS if ROWS in lowering.build.inputs else UNSET,
         scaled=scaled,
         routed=routed,
     )
@@ -101,65 +95,32 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A group's adapter inputs: down [slots · rank, in], and up [rank, out] by the member of the group it is for."""
-
-    down: ir.Value
-    ups: Mapping[int, ir.Value]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the matrices of a group lie in an adapter's rows: behind `offset` columns and `first` matrices, of so many
-    in all."""
-
-    width: int
-    matrices: int
-    offset: int
-    first: int
-    outs: tuple[int, ...]
-
-
-def _places(tensors: Sequence[SlotTensor]) -> dict[str, _Place]:
-    """By the first site of each group."""
-    width, offset, first = sum(slot.inputs + slot.outputs for slot in tensors), 0, 0
-    places: dict[str, _Place] = {}
-    for group in groups_of(tensors):
-        outs = tuple(slot.outputs for slot in group)
-        places[group[0].site] = _Place(width, 2 * len(tensors), offset, first, outs)
-        offset += sum(slot.inputs + slot.outputs for slot in group)
-        first += 2 * len(group)
-    return places
-
-
 class _Lowering:
     """One walk over the traced graph."""
 
-    def __init__(self, graph: Graph, recipe: Recipe, build: Builder) -> None:
+    def __init__(self, graph: Graph, recipe: Recipe, build: Builder, fingerprint: bytes) -> None:
         self.graph, self.recipe, self.build = graph, recipe, build
         self.roles, self.tensors = graph.roles(), _nodes.slot_tensors(graph)
         self.values: dict[Node, ir.Value] = {}
         self.members: dict[tuple[Node, int], ir.Value] = {}
-        self.shared: dict[str, ir.Value] = {}
         self.calls, self.results = _nodes.calls(graph), _nodes.results(graph)
         self.weights = cache(lambda node: _nodes.weights(graph, self.roles, node))
         self.norm_of = _onnx_fusions.norms_after_add(self.calls)
         self.packed = _onnx_fusions.packed_projections(self.calls, self.weights)
         ours = recipe.kernels == "calora"
-        self.places = _places(self.tensors) if ours else {}
         self.units = _onnx_fusions.gated_units(self.calls, self.weights) if ours else {}
         self.normed = _onnx_fusions.normed(self.norm_of) if ours else {}
         self.sums = {after.add: linears for linears, after in self.normed.items()}
         self.tables = {
             self.roles[_nodes.node(n.args[1]).name] for n in self.calls if n.target is CALORA.embedding.default
         }
+        self._declare_inputs(fingerprint)
+        self.slots = (OurSlots if ours else StockSlots)(build, recipe, self.tensors)
 
     # ── the walk ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self, fingerprint: bytes) -> list[ir.Value]:
+    def run(self) -> list[ir.Value]:
         """Emit every node that the outputs need; return the outputs."""
-        self._declare_inputs(fingerprint)
         live = _nodes.live(self.results, self._operands)
         for node in self.calls:
             if node in live:
@@ -219,11 +180,7 @@ class _Lowering:
         base = declare("base_fingerprint", "base_fingerprint", ir.DataType.UINT8, [32])
         self.build.default(base, np.frombuffer(fingerprint, np.uint8).copy())
         if self.graph.recovery:
-            self._adapter_input("recovery", ["rank"], ir.DataType.FLOAT)
-        if self.places:
-            self._adapter_input(ROWS, [ROWS], ADAPTERS[self.recipe.adapters])
-            if self.recipe.adapters == "int8":
-                self._adapter_input(SCALES, [SCALES], ir.DataType.FLOAT)
+            declare_input(self.build, self.recipe, RECOVERY, ["rank"])
         self._declare_extras()
 
     def _declare_extras(self) -> None:
@@ -235,16 +192,8 @@ class _Lowering:
                 none = float(role.startswith(("before.", "after.")))
                 self.build.default(value, np.full(shape, none, np.float32))
         if extras.scopes:
-            self._adapter_input("select", [extras.experts, "rank"], ir.DataType.FLOAT)
-            self._adapter_input("always", ["rank"], ir.DataType.FLOAT)
-
-    def _adapter_input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
-        """An input that adapter files fill: of rank 0 without one, or required where there is no adapter API."""
-        value = self.build.declare(name, name, dtype, shape)
-        if self.recipe.adapter_inputs == "optional":
-            sizes = [size if isinstance(size, int) else 0 for size in shape]
-            self.build.default(value, np.zeros(sizes, dtype.numpy()))
-        return value
+            declare_input(self.build, self.recipe, "select", [extras.experts, "rank"])
+            declare_input(self.build, self.recipe, "always", ["rank"])
 
     # ── linears and slots ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -261,50 +210,28 @@ class _Lowering:
             pairs = zip(products, masks, strict=True)
             ys = [y if mask is None else self.build.emit("Mul", y, mask) for y, mask in pairs]
         if members:
-            ys = (self._add_slots if self.places else self._add_deltas)(node, x, members, ys)
+            ys = self._add_slots(node, Group(x, ys, members, self._token_gates(node)))
         if packed or unit:
             self.values[node] = ys[0]
         else:
             self.members.update({(node, i): y for i, y in enumerate(ys)})
 
-    def _add_slots(self, node: Node, x: ir.Value, members: Members, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        """The group's slots as one operator of ours, which also does what comes after the linears of a gated unit or
-        before a norm."""
-        together, inputs = len(ys) == 1, self.build.inputs
-        sums = ys if together else [ys[i] for i, _ in members]
-        read = [x, inputs[ROWS], inputs.get(SCALES), inputs.get("recovery"), self._token_gates(node), *sums]
-        attributes = asdict(self.places[members[0][1]])
+    def _add_slots(self, node: Node, group: Group) -> Sequence[ir.Value]:
+        if not isinstance(self.slots, OurSlots):
+            return self.slots.add(group)
         if node in self.units.values():
-            return self.build.emit_many("SlotGlu", *read, outputs=2, domain=OURS, **attributes)[:1]
-        if node in self.normed:
-            return self._add_and_norm(self.normed[node], read, attributes)
-        sums = self.build.emit_many("Slot", *read, outputs=len(sums), domain=OURS, **attributes)
-        if together:
-            return sums
-        changed = {i: made for (i, _), made in zip(members, sums, strict=True)}
-        return [changed.get(i, y) for i, y in enumerate(ys)]
+            return [self.slots.gated_unit(group)]
+        if (after := self.normed.get(node)) is None:
+            return self.slots.add(group)
+        _, weight, eps = after.norm.args
+        made = self.slots.norm(group, self.value(after.skip), self.value(weight), _nodes.real(eps))
+        self.values[after.norm], self.values[after.add] = made
+        return made[1:]
 
     def _token_gates(self, node: Node) -> ir.Value | None:
         """Gates of each token, where there are such; others are folded into `up`."""
         gates = _nodes.node(node.args[7])
         return None if gates.op == "placeholder" else self.value(gates)
-
-    def _add_and_norm(
-        self, after: Normed, read: Sequence[ir.Value | None], attributes: Mapping[str, object]
-    ) -> Sequence[ir.Value]:
-        _, weight, eps = after.norm.args
-        epsilon = self.build.constant(f"epsilon_{eps!r}", np.array([eps], np.float32))
-        more = [*[None] * (SLOTS - 1), self.value(after.skip), self.value(weight), epsilon]
-        made = self.build.emit_many("SlotNorm", *read, *more, outputs=2, domain=OURS, **attributes)
-        self.values[after.norm], self.values[after.add] = made
-        return made[1:]
-
-    def _add_deltas(self, node: Node, x: ir.Value, members: Members, ys: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        """The group's slots as operators of the runtime."""
-        deltas = self._deltas(x, self._rows(members), self._token_gates(node))
-        if len(ys) < len(deltas):
-            return [self.build.emit("Add", ys[0], self.build.emit("Concat", *deltas.values(), axis=-1))]
-        return [self.build.emit("Add", y, deltas[i]) if i in deltas else y for i, y in enumerate(ys)]
 
     def _rounded(self, x: ir.Value) -> ir.Value:
         """x as W8A8 reads it, in floats: each position in 127 steps either way (`ops.round_activations`)."""
@@ -323,34 +250,6 @@ class _Lowering:
     def _is_table(self, weight: Weight) -> bool:
         return any(_nodes.short(table) == weight.name for table in self.tables)
 
-    def _rows(self, members: Members) -> _Rows:
-        """Declare what an adapter file holds for a group of linears: one `down`, and one `up` for each slot."""
-        tensors = {slot.site: slot for slot in self.tensors}
-        first, dtype = tensors[members[0][1]], ADAPTERS[self.recipe.adapters]
-        rank = "rank" if first.parts == 1 else f"rank_{first.parts}"
-        down = self._adapter_input(first.down, [rank, first.inputs], dtype)
-        slots = {member: tensors[site] for member, site in members}
-        return _Rows(
-            down, {i: self._adapter_input(slot.up, ["rank", slot.outputs], dtype) for i, slot in slots.items()}
-        )
-
-    def _deltas(self, x: ir.Value, rows: _Rows, gates: ir.Value | None) -> dict[int, ir.Value]:
-        """Member → what its slot adds: one `down` for the group, the rows' non-linearity, one `up` each."""
-        count = len(rows.ups)
-        h = self.build.emit("FusedMatMul", x, self._floats(rows.down), domain=CONTRIB, transB=1)
-        if self.graph.recovery:
-            h = self.build.emit("Where", self._recovery_rows(count), self.build.emit("Gelu", h), h)
-        parts = [h] if count == 1 else self._split_rows(h, count)
-        if gates is not None:
-            parts = [self.build.emit("Mul", part, gates) for part in parts]
-        return {
-            member: self.build.emit("MatMul", part, self._floats(up))
-            for (member, up), part in zip(rows.ups.items(), parts, strict=True)
-        }
-
-    def _floats(self, rows: ir.Value) -> ir.Value:
-        return rows if self.recipe.adapters == "fp32" else self.build.emit("Cast", rows, to=int(ir.DataType.FLOAT))
-
     def lower_experts(self, node: Node) -> None:
         """LpNormalization, as torch's normalize, makes no NaN of zeros."""
         x, hidden, scores, labels, top_k = node.args
@@ -368,22 +267,6 @@ class _Lowering:
         role = self.roles[_nodes.node(labels).name]
         owners = self.graph.tensors[role]
         return self.build.stored(_nodes.short(role), owners.numpy, list(owners.shape), ir.DataType.INT64)
-
-    def _recovery_rows(self, count: int) -> ir.Value:
-        key = f"recovery_{count}"
-        if key not in self.shared:
-            mask = self.build.emit("Cast", self.build.inputs["recovery"], to=int(ir.DataType.BOOL))
-            self.shared[key] = mask if count == 1 else self.build.emit("Concat", *[mask] * count, axis=0)
-        return self.shared[key]
-
-    def _split_rows(self, rows: ir.Value, count: int) -> Sequence[ir.Value]:
-        """Each site's rows; num_outputs alone would refuse to split rank 0."""
-        key = f"sizes_{count}"
-        if key not in self.shared:
-            total = self.build.emit("Shape", rows, start=-1)
-            rank = self.build.emit("Div", total, self.build.integers([count]))
-            self.shared[key] = self.build.emit("Concat", *[rank] * count, axis=0)
-        return self.build.emit_many("Split", rows, self.shared[key], outputs=count, axis=-1)
 
     # ── the other whole operators ─────────────────────────────────────────────────────────────────────────────────
 
@@ -473,13 +356,16 @@ class _Lowering:
 
     def _lengths(self) -> list[ir.Value]:
         """seqlens_k [batch] (the total less one) and total_sequence_length [], from the attention mask."""
-        if "total" not in self.shared:
-            mask, one, emit = self.build.inputs["mask"], self.build.integers([1]), self.build.emit
-            last = emit("Sub", emit("ReduceSum", mask, one, keepdims=0), one)
-            total = emit("Squeeze", emit("Shape", mask, start=1), self.build.integers([0]))
-            self.shared["last"] = emit("Cast", last, to=int(ir.DataType.INT32))
-            self.shared["total"] = emit("Cast", total, to=int(ir.DataType.INT32))
-        return [self.shared["last"], self.shared["total"]]
+        mask, one, emit = self.build.inputs["mask"], self.build.integers([1]), self.build.emit
+
+        def last() -> ir.Value:
+            return emit("Cast", emit("Sub", emit("ReduceSum", mask, one, keepdims=0), one), to=int(ir.DataType.INT32))
+
+        def total() -> ir.Value:
+            length = emit("Squeeze", emit("Shape", mask, start=1), self.build.integers([0]))
+            return emit("Cast", length, to=int(ir.DataType.INT32))
+
+        return [self.build.once("last", last), self.build.once("total", total)]
 
     # ── ATen ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
