@@ -29,7 +29,7 @@ demo: .venv/ready
 
 # Both always run: a long line does not hide what the tests say.
 test: .venv-test/ready
-	.venv-test/bin/ruff check --output-format concise; lint=$$?; .venv-test/bin/python -m pytest -q && exit $$lint
+	.venv-test/bin/ruff check --output-format concise; lint=$$?; .venv-test/bin/python -m pytest -q -n 2 --dist loadfile && exit $$lint
 
 # Minutes, and a kernel that lets a user have a binfmt_misc of their own (Linux 6.7); skipped elsewhere.
 phone: .venv-test/ready
