@@ -13,5 +13,5 @@ _PEAK = "\nprint(next(line for line in open('/proc/self/status') if line.startsw
 def peak_megabytes(script: str, argument: Path) -> tuple[float, list[str]]:
     """Run `script` with `argument` as sys.argv[1]: its peak in MB, and the lines it printed. Linux only."""
     command = [sys.executable, "-c", script + _PEAK, str(argument)]
-    *lines, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    *lines, peak = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     return int(peak) / 1024, lines

@@ -25,32 +25,63 @@ SITES = {
     "mlp.up_proj": (MLP, HIDDEN),
     "mlp.down_proj": (HIDDEN, MLP),
 }
-EXPORT = """
+START = """
 import sys
 from pathlib import Path
-from calora_export import pipeline
+from calora_export import inspection, pipeline
 bundle = Path(sys.argv[1])
-package = pipeline.export(bundle, bundle.parent / "package", "onnx-int4")
-print(len(package.manifest.represented))
+package = bundle.parent / "package"
 """
+EXPORT = 'print(len(pipeline.export(bundle, package, "onnx-int4").manifest.represented))'
+INSPECT = "print(inspection.inspect(bundle).base.parameters, inspection.inspect(package).slots)"
+ADD = 'print(pipeline.add_adapter(package, bundle.parent / "late").id)'
 
 
 @pytest.mark.heavy
 def test_a_base_of_a_billion_weights_exports_in_less_than_4_gb(tmp_path: Path) -> None:
+    """And no weight of it is read to look at it, or to add an adapter."""
     bundle = tmp_path / "bundle"
     weights = write_base(bundle / "base")
     assert 1.09e9 < weights < 1.11e9
+    fingerprint = TensorIndex.open(bundle / "base").fingerprint()
     sites = [*(f"model.layers.*.{site}" for site in SITES), "model.embed_tokens", "lm_head"]
     step = {"scheme": "int4", "sites": sites, "group_size": GROUP, "symmetric": True}
+    for directory in (bundle / "adapters" / "first", tmp_path / "late"):
+        write_adapter(directory, fingerprint)
+    where = {"role": "lora", "act": "identity", "sites": ["model.layers.*.self_attn.q_proj"]}
+    lora = where | {"r": 8, "alpha": 8, "scale": 1.0}
+    first = {"id": "first", "task": "first", "class_index": 0, "base_fingerprint": fingerprint, "branches": [lora]}
     manifest = {
-        "schema_version": 1, "name": "large", "adapters": [], "router": None, "tasks": [], "provenance": {},
-        "base": {"fingerprint": TensorIndex.open(bundle / "base").fingerprint(), "compression": [step]},
+        "schema_version": 1, "name": "large", "adapters": [first], "router": None, "tasks": [], "provenance": {},
+        "base": {"fingerprint": fingerprint, "compression": [step]},
     }  # fmt: skip
     write_json(bundle / "bundle.json", manifest)
-    megabytes, lines = peak_megabytes(EXPORT, bundle)
-    assert lines == ["0"]
-    print(f"peak {megabytes:.0f} MB")
-    assert megabytes < 4096
+    nothing, _ = peak_megabytes(START, bundle)
+    peaks = {}
+    for name, code, said in (
+        ("export", EXPORT, "0"),
+        ("inspect", INSPECT, f"{weights + (2 * LAYERS + 1) * HIDDEN} {LAYERS}"),
+        ("add-adapter", ADD, "late"),
+    ):
+        peaks[name], lines = peak_megabytes(START + code, bundle)
+        assert lines == [said]
+    print(f"weights: {weights / 1e9:.2f} billion, {(weights * 4.5) / 8e6:.0f} MB packed; imports: {nothing:.0f} MB")
+    print("peak: " + ", ".join(f"{name} {megabytes:.0f} MB" for name, megabytes in peaks.items()))
+    assert peaks["export"] < 4096
+    assert max(peaks["inspect"], peaks["add-adapter"]) < nothing + 100
+
+
+def write_adapter(directory: Path, fingerprint: str) -> None:
+    """A LoRA of rank 8 on every q_proj."""
+    directory.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    write_json(directory / "adapter_config.json", config | {"base_fingerprint": fingerprint})
+    rng = np.random.default_rng(1)
+    names = [f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
+    shapes = {"lora_A": (8, HIDDEN), "lora_B": (HIDDEN, 8)}
+    tensors = {f"{name}.{part}.weight": shape for name in names for part, shape in shapes.items()}
+    made = {name: rng.standard_normal(shape, np.float32) for name, shape in tensors.items()}
+    save_file(made, directory / "adapter_model.safetensors")
 
 
 def write_base(directory: Path) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from calora_export import factors
@@ -60,6 +61,17 @@ class Shelf(Generic[Rows]):
                 raise PackageError(mismatch(file, "basis", "a file of this package", name))
             self._bases[name] = factors.read_tensors(self._package.path / name)[0]
         return self._bases[name]
+
+
+def in_order(adapter: Adapter, slots: Slots) -> list[np.ndarray]:
+    """An adapter's matrices [R, features] as a file that holds them in one tensor has them: group by group, first the
+    downs, then the ups; zeros at sites without rows."""
+    matrices: list[np.ndarray] = []
+    for group in slots.groups():
+        found = [(slot, adapter.sites.get(slot.site)) for slot in group]
+        matrices += [np.zeros((adapter.rank, slot.inputs)) if rows is None else rows.down for slot, rows in found]
+        matrices += [np.zeros((adapter.rank, slot.outputs)) if rows is None else rows.up.T for slot, rows in found]
+    return matrices
 
 
 def read_safetensors(path: Path, slots: Slots, framework: str) -> tuple[dict[str, Any], str]:

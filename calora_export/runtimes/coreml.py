@@ -16,7 +16,7 @@ from calora_export.coreml_engines import Engine, Engines, Predictions, Reference
 from calora_export.errors import DeviceError, PackageError, mismatch
 from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix, _extras
-from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
+from calora_export.runtimes._shelf import Shelf, in_order, read_safetensors, require_layout
 
 HALF = np.dtype(np.float16)
 UNITS = {"all": "ALL", "cpuAndGPU": "CPU_AND_GPU", "cpuAndNeuralEngine": "CPU_AND_NE", "cpuOnly": "CPU_ONLY"}
@@ -58,12 +58,7 @@ def _gate(extras: Mapping[str, np.ndarray], rank: int) -> np.ndarray:
 
 
 def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
-    matrices = []
-    for group in slots.groups():
-        found = [(slot, adapter.sites.get(slot.site)) for slot in group]
-        matrices += [np.zeros((slot.inputs, adapter.rank)) if rows is None else rows.down.T for slot, rows in found]
-        matrices += [np.zeros((slot.outputs, adapter.rank)) if rows is None else rows.up for slot, rows in found]
-    rows = np.concatenate([np.zeros((0, adapter.rank)), *matrices]).astype(HALF)
+    rows = np.concatenate([np.zeros((adapter.rank, 0)), *in_order(adapter, slots)], axis=1).T.astype(HALF, order="C")
     arrays = {"rows": rows, "recovery": adapter.recovery.astype(HALF)}
     return arrays | {name: array.astype(HALF) for name, array in _extras.flat(adapter, slots).items()}
 

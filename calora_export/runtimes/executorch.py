@@ -21,7 +21,7 @@ from calora_export.adapters import Adapter
 from calora_export.errors import PackageError, mismatch
 from calora_export.package import Package, Slots
 from calora_export.runtimes import Mix, _extras
-from calora_export.runtimes._shelf import Shelf, read_safetensors, require_layout
+from calora_export.runtimes._shelf import Shelf, in_order, read_safetensors, require_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 STORED = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
@@ -72,13 +72,9 @@ def _rows(tensors: Mapping[str, Tensor], slots: Slots) -> Rows:
 
 
 def _arrays(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
-    matrices = []
-    for group in slots.groups():
-        found = [(slot, adapter.sites.get(slot.site)) for slot in group]
-        matrices += [np.zeros((adapter.rank, slot.inputs)) if rows is None else rows.down for slot, rows in found]
-        matrices += [np.zeros((adapter.rank, slot.outputs)) if rows is None else rows.up.T for slot, rows in found]
     dtype = STORED[slots.dtype]
-    rows = np.concatenate([np.ravel(matrix).astype(dtype) for matrix in matrices] or [np.zeros(0, dtype)])
+    parts = [np.ravel(matrix).astype(dtype) for matrix in in_order(adapter, slots)]
+    rows = np.concatenate([np.zeros(0, dtype), *parts])
     return {"rows": rows, "recovery": adapter.recovery.astype(np.float32)} | _extras.flat(adapter, slots)
 
 

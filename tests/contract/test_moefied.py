@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import runtimes
-from calora_export.adapters import load_adapter
 from calora_export.errors import BundleError
 from calora_export.importers.peft import run as import_peft
-from calora_export.model import Rows, compose
+from calora_export.model import compose
 from tests.bundles import copy_bundle, edit_json, edit_tensors, write_tokenizer
 from tests.conftest import Variant
-from tests.families import CONTEXT, PREFILL, STEPS, CaLora, Family, base, tokens
+from tests.contract import logits
+from tests.families import CONTEXT, CaLora, Family, base
 
 EXPERTS, HIDDEN, TOP_K = 8, 12, 3
 SITES = ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
@@ -75,29 +75,20 @@ def adapted(hf: nn.Module) -> CaLora:
     return CaLora.draw(hf, (4, 3), 10, ("q_proj", "gate_proj"), ("gate_proj", "up_proj", "down_proj"))
 
 
-def expected(family: Family, weight: float) -> np.ndarray:
-    ids = tokens(PREFILL + STEPS)
-    return family.mixed_logits([(adapted(family.hf), weight)], ids)[0, PREFILL - 1 :].numpy()
-
-
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_reference_masks_as_the_published_code(family: Family, weight: float) -> None:
     bundle = bundles.load(family.bundle, deep=True)
-    model = compose(bundle, bundle.weight, context=CONTEXT)
-    rows = Rows.of(load_adapter(bundle, "one")) if weight else Rows.none()
-    logits = model(tokens(PREFILL + STEPS), model.empty_cache(), rows)[0][0, PREFILL - 1 :].numpy()
-    assert np.abs(logits - expected(family, weight)).max() < 5e-5
+    made = logits.of_model(compose(bundle, bundle.weight, context=CONTEXT), bundle, weight)
+    assert np.abs(made - logits.of_transformers(family, adapted(family.hf), weight)).max() < 5e-5
 
 
 @pytest.mark.parametrize(("name", "changes"), RECIPES, ids=str)
 def test_every_target_lowers_it(family: Family, variant: Variant, name: str, changes: dict[str, str | int]) -> None:
     package = packages.load(variant(family.bundle, name, **changes))
     target = package.manifest.target
-    session, ids = runtimes.load(target).open_session(package, 1), tokens(PREFILL + STEPS)[0].tolist()
+    session = runtimes.load(target).open_session(package, 1)
     for weight, mix in ((0.0, {}), (1.0, {"one": 1.0})):
-        session.select(mix)
-        made = np.stack([session.extend(part)[-1] for part in (ids[:PREFILL], *([token] for token in ids[PREFILL:]))])
-        error = np.abs(made - expected(family, weight))
+        error = np.abs(logits.of_session(session, mix) - logits.of_transformers(family, adapted(family.hf), weight))
         assert error.max() < (0.5 if target == "coreml" else 2e-4)  # logits reach ±10
 
 

@@ -10,13 +10,13 @@ import pytest
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import profiles, recipe, runtimes
-from calora_export.adapters import load_adapter
 from calora_export.errors import BundleError
-from calora_export.model import Rows, compose
+from calora_export.model import compose
 from tests import pruned
 from tests.bundles import copy_bundle, edit_json, edit_tensors
 from tests.conftest import Variant
-from tests.families import CONTEXT, PREFILL, STEPS, Family, tokens
+from tests.contract import logits
+from tests.families import CONTEXT, Family
 
 RECIPES = (
     ("torch-fp32", {}),
@@ -35,9 +35,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 def expected(family: Family, weight: float) -> np.ndarray:
-    """Logits [STEPS + 1, vocab] of transformers' whole model, in which what was pruned adds zero."""
-    ids = tokens(PREFILL + STEPS)
-    return family.mixed_logits([(pruned.adapted(family.hf), weight)], ids)[0, PREFILL - 1 :].numpy()
+    """Of transformers' whole model, in which what was pruned adds zero."""
+    return logits.of_transformers(family, pruned.adapted(family.hf), weight)
 
 
 def test_a_bundle_says_which_layers_have_widths_of_their_own(family: Family) -> None:
@@ -54,9 +53,7 @@ def test_the_reference_is_transformers_model_with_what_was_pruned_at_zero(family
     bundle = bundles.load(family.bundle)
     model = compose(bundle, bundle.weight, context=CONTEXT)
     assert (model.shape.heads, model.shape.kv_heads) == ((4, 2), (2, 1))
-    rows = Rows.of(load_adapter(bundle, "one")) if weight else Rows.none()
-    logits = model(tokens(PREFILL + STEPS), model.empty_cache(), rows)[0][0, PREFILL - 1 :].numpy()
-    assert np.abs(logits - expected(family, weight)).max() <= 1e-5
+    assert np.abs(logits.of_model(model, bundle, weight) - expected(family, weight)).max() <= 1e-5
 
 
 @pytest.mark.parametrize(("name", "changes"), RECIPES, ids=str)
@@ -64,11 +61,8 @@ def test_every_target_lowers_it(family: Family, variant: Variant, name: str, cha
     package = packages.load(variant(family.bundle, name, **changes))
     settings = package.manifest.settings
     session = runtimes.load(settings.target).open_session(package, 1)
-    ids = tokens(PREFILL + STEPS)[0].tolist()
     for weight, mix in ((0.0, {}), (1.0, {"one": 1.0})):
-        session.select(mix)
-        made = np.stack([session.extend(part)[-1] for part in (ids[:PREFILL], *([token] for token in ids[PREFILL:]))])
-        error = np.abs(made - expected(family, weight))
+        error = np.abs(logits.of_session(session, mix) - expected(family, weight))
         assert error.max() <= LIMITS.get(name, 2e-5)  # logits reach ±5
     assert package.manifest.model.kv_heads == (2, 1)
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import pipeline, runtimes
-from calora_export.adapters import load_adapter
 from calora_export.errors import BundleError, UnsupportedError
 from calora_export.importers.peft import run as import_peft
 from calora_export.model import Rows, compose
 from calora_export.weights import Weights
 from tests.bundles import copy_bundle, edit_json, write_json, write_tokenizer
 from tests.conftest import Variant
-from tests.families import CONTEXT, PREFILL, STEPS, CaLora, Family, base, tokens
+from tests.contract import logits
+from tests.families import CONTEXT, PREFILL, CaLora, Family, base, tokens
 from tests.layouts.published import compressed_tensors
 
 RECIPES = (
@@ -89,8 +89,7 @@ def adapted(hf: nn.Module) -> CaLora:
 
 
 def expected(family: Family, weight: float) -> np.ndarray:
-    ids = tokens(PREFILL + STEPS)
-    return family.mixed_logits([(adapted(family.hf), weight)], ids)[0, PREFILL - 1 :].numpy()
+    return logits.of_transformers(family, adapted(family.hf), weight)
 
 
 def close(made: np.ndarray, reference: np.ndarray, limit: float) -> None:
@@ -105,16 +104,13 @@ def test_the_reference_multiplies_what_training_multiplied(family: Family, weigh
     bundle = bundles.load(family.bundle, deep=True)
     assert bundle.w8a8 == set(bundle.linears) - {"lm_head", "model.embed_tokens"}
     model = compose(bundle, bundle.weight, context=CONTEXT, activations="int8_block")
-    rows = Rows.of(load_adapter(bundle, "one")) if weight else Rows.none()
-    logits = model(tokens(PREFILL + STEPS), model.empty_cache(), rows)[0][0, PREFILL - 1 :].numpy()
-    close(logits, expected(family, weight), 1e-4)
+    close(logits.of_model(model, bundle, weight), expected(family, weight), 1e-4)
 
 
 def test_its_rounding_is_seen(family: Family) -> None:
     bundle = bundles.load(family.bundle)
     plain = compose(bundle, lambda module: bundle.weights.read(module), context=CONTEXT)
-    logits = plain(tokens(PREFILL + STEPS), plain.empty_cache(), Rows.none())[0][0, PREFILL - 1 :].numpy()
-    error = np.abs(logits - expected(family, 0.0)).max(-1)
+    error = np.abs(logits.of_model(plain, bundle, 0.0) - expected(family, 0.0)).max(-1)
     assert error.min() > 1e-2 and error.max() > STEP_OVER
 
 
@@ -124,11 +120,8 @@ def test_targets_that_hold_it_round_as_it_does(
 ) -> None:
     package = packages.load(variant(family.bundle, name, **changes))
     session = runtimes.load(package.manifest.target).open_session(package, 1)
-    ids = tokens(PREFILL + STEPS)[0].tolist()
     for weight, mix in ((0.0, {}), (1.0, {"one": 1.0})):
-        session.select(mix)
-        made = np.stack([session.extend(part)[-1] for part in (ids[:PREFILL], *([token] for token in ids[PREFILL:]))])
-        close(made, expected(family, weight), limit)
+        close(logits.of_session(session, mix), expected(family, weight), limit)
 
 
 @pytest.mark.parametrize(("name", "limit"), [("onnx-int4", 1e-3), ("coreml-int8", 0.2), ("executorch-8da8w", 0.2)])
@@ -138,9 +131,9 @@ def test_packed_recipes_compute_what_they_say(family: Family, tmp_path: Path, na
     settings = package.manifest.settings
     model = compose(bundle, Weights(bundle, settings), context=CONTEXT, activations=settings.activations)
     ids = tokens(PREFILL)
-    logits = model(ids, model.empty_cache(), Rows.none(), last_only=True)[0][0, -1].numpy()
+    reference = model(ids, model.empty_cache(), Rows.none(), last_only=True)[0][0, -1].numpy()
     made = runtimes.load(settings.target).open_session(package, 1).extend(ids[0].tolist())[-1]
-    assert np.abs(made - logits).max() < limit
+    assert np.abs(made - reference).max() < limit
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────
