@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from calora_export import adapter_format, layouts, moefied, router_config, strict_json
 from calora_export.compression import DenseWeight, PackedWeight, WeightFormat, quantize_symmetric
-from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch
+from calora_export.errors import BundleError, FingerprintError, UnsupportedError, mismatch, one_of
 from calora_export.layouts import Checkpoint
 from calora_export.manifest import (
     FILE,
@@ -152,8 +152,8 @@ class Bundle:
         for adapter in self.manifest.adapters:
             if adapter.id == identifier:
                 return adapter
-        known = ", ".join(adapter.id for adapter in self.manifest.adapters) or "none, the bundle has no adapters"
-        raise wrong("adapters", f"one of {known}", identifier)
+        known = [adapter.id for adapter in self.manifest.adapters]
+        raise wrong("adapters", one_of(known) if known else "none, the bundle has no adapters", identifier)
 
     @cached_property
     def hidden(self) -> int:

@@ -11,7 +11,10 @@ CaloraError                 every error that a user can cause; the command line 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+NAMED = 12  # so many of a thousand names an error lists
 
 
 class CaloraError(Exception):
@@ -46,3 +49,9 @@ def mismatch(file: str | Path, key: str, expected: object, found: object, hint: 
     """The one-line form of every error about a value: file, key, expected, found, what to do."""
     line = f"{file}: {key}: expected {expected}, found {found}"
     return f"{line} ({hint})" if hint else line
+
+
+def one_of(names: Sequence[str]) -> str:
+    """What may be expected in the place of a name that is none of these."""
+    more = f" … ({len(names)} in all)" if len(names) > NAMED else ""
+    return f"one of {', '.join(names[:NAMED]) or 'none'}{more}"

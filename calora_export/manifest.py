@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from calora_export import strict_json
-from calora_export.errors import BundleError, FingerprintError, mismatch
+from calora_export.errors import BundleError, FingerprintError, mismatch, one_of
 
 FILE = "bundle.json"
 
@@ -161,11 +161,10 @@ def read_manifest(bundle: Path) -> Manifest:
     _check_class_indices(manifest.adapters)
     if manifest.router is not None:
         _check_router(manifest.router, manifest.adapters)
+    known = {adapter.id: adapter for adapter in manifest.adapters}
     for index, task in enumerate(manifest.tasks):
-        known = [adapter.id for adapter in manifest.adapters]
         if task.adapter not in known:
-            expected = f"one of {', '.join(known) or 'no adapters'}"
-            raise wrong(f"tasks[{index}].adapter", expected, task.adapter)
+            raise wrong(f"tasks[{index}].adapter", one_of(list(known)), task.adapter)
     return manifest
 
 

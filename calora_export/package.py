@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from calora_export import strict_json
 from calora_export.adapters import Kind, require_mixable
-from calora_export.errors import FingerprintError, PackageError, mismatch
+from calora_export.errors import FingerprintError, PackageError, mismatch, one_of
 from calora_export.manifest import RouterSpec, TaskSpec
 from calora_export.recipe import Recipe
 
@@ -230,10 +231,15 @@ class Package:
 
     def adapter(self, identifier: str) -> AdapterEntry:
         """The entry of one adapter, or an error that names those there are."""
-        known = {adapter.id: adapter for adapter in self.manifest.adapters}
+        known = self._adapters
         if identifier not in known:
-            raise PackageError(mismatch(FILE, "adapters", f"one of {', '.join(known) or 'none'}", identifier))
+            raise PackageError(mismatch(FILE, "adapters", one_of(list(known)), identifier))
         return known[identifier]
+
+    @cached_property
+    def _adapters(self) -> dict[str, AdapterEntry]:
+        """By id: a swap looks its adapter up."""
+        return {adapter.id: adapter for adapter in self.manifest.adapters}
 
     def altered(self) -> list[str]:
         """One line per file that is missing or no longer has the bytes that package.json lists. Reads all of them."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from calora_export.errors import PackageError, mismatch
+from calora_export.errors import PackageError, mismatch, one_of
 from calora_export.manifest import RouterSpec
 
 
@@ -40,7 +40,7 @@ class RouterText:
             return [0]
         if spec.kind == "task_id":
             if text not in self.tasks:
-                raise PackageError(mismatch("router", "task", f"one of {', '.join(self.tasks)}", repr(text)))
+                raise PackageError(mismatch("router", "task", one_of(self.tasks), repr(text)))
             return [self.tasks.index(text)]
         filled = spec.template.replace("{text}", text)
         ids = self._tokenizer.encode(filled, add_special_tokens=spec.special_tokens).ids or [0]
