@@ -21,7 +21,7 @@ class MlpackageFile:
     @cached_property
     def block(self) -> Any:
         spec: Any = mlpackage.read_spec(self.package / "model.mlpackage")
-        function = spec.mlProgram.functions["main"]
+        function = next(iter(spec.mlProgram.functions.values()))  # adapters' functions share the base's weights
         return function.block_specializations[function.opset]
 
     @cached_property
@@ -36,6 +36,12 @@ class MlpackageFile:
         """
         tables = {op.outputs[0].name: self._looked_up(op) for op in self._all("constexpr_lut_to_dense")}
         return [self._scaled(op, tables) for op in self._all("constexpr_blockwise_shift_scale")]
+
+    def floats(self) -> list[np.ndarray]:
+        """Every weight of a linear that is a constant, float32 [out, in]."""
+        made = {op.outputs[0].name: op for op in self._all("const")}
+        names = [_names(op, "weight")[0] for op in self._all("linear")]
+        return [self._value(made[name].attributes["val"]).astype(np.float32) for name in names if name in made]
 
     def _all(self, kind: str) -> list[Any]:
         return [op for op in self.block.operations if op.type == kind]

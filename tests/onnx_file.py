@@ -60,6 +60,12 @@ class OnnxFile:
         found = [self._dequantized(packed, node) for packed, node in tables + linears]
         return found + [self._looked_up(node) for node in self.nodes("MatMulBnb4")]
 
+    def floats(self) -> list[np.ndarray]:
+        """Every weight of a plain matrix product, [out, in]."""
+        products = [(node, node.op_type == "MatMul") for node in self.nodes("MatMul") + self.nodes("FusedMatMul")]
+        weights = [(node.input[1], transposed) for node, transposed in products if node.input[1] in self.initializers]
+        return [self.array(name).T if transposed else self.array(name) for name, transposed in weights]
+
     def _dequantized(self, packed: str, node: onnx.NodeProto) -> np.ndarray:
         """Low nibble first, less the zero point or 2^(bits-1), times the scale of the block."""
         bits, codes, scales = _option(node, "bits"), self.array(packed), self.array(node.input[2])

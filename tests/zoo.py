@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,7 +47,17 @@ def _gptq(bits: int, group: int, symmetric: bool, act_order: bool, form: str = "
     return Kept(pack, {"scheme": f"int{bits}", "group_size": group, "symmetric": symmetric})
 
 
+FLOATS = "fp32, fp16, bf16"
+
+
+def _floats(module: str, weight: Tensor) -> Published:
+    """Each of the three in some modules."""
+    made = weight.to((torch.float32, torch.float16, torch.bfloat16)[len(module) % 3])
+    return Published({}, {f"{module}.weight": made}, made.float().numpy())
+
+
 SCHEMES: dict[str, Kept] = {
+    FLOATS: Kept(_floats, {}),
     "int8, rows": _tensors(8, 0, "int-quantized"),
     "int8, rows, W8A8": Kept(
         _tensors(8, 0, "int-quantized").pack, {"scheme": "int8", "symmetric": True, "activations": "int8"}
@@ -85,12 +96,12 @@ def animal(scheme: str, path: Path) -> Animal:
         metadata |= {name: text for name, text in metadata_text(made).items() if name != "tensor_names"}
         expected[module] = made.expected
     save_file(tensors, file, metadata)
-    config = dict(packed[modules[0]].config)
-    edit_json(path / "base" / "config.json", lambda document: document.update(quantization_config=config))
+    if config := dict(packed[modules[0]].config):
+        edit_json(path / "base" / "config.json", lambda document: document.update(quantization_config=config))
 
     def state(document: dict) -> None:
         sites = sorted({f"model.layers.*.{module.split('.', 3)[3]}" for module in modules})
-        document["base"]["compression"] = [{**kept.step, "sites": sites}]
+        document["base"]["compression"] = [{**kept.step, "sites": sites}] if kept.step else []
         document["base"]["fingerprint"] = TensorIndex.open(path / "base").fingerprint()
 
     edit_json(path / "bundle.json", state)

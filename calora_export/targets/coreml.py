@@ -15,22 +15,21 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from calora_export import mlpackage, sparsity
-from calora_export.compression import nonzero
+from calora_export import mlpackage
 from calora_export.errors import UnsupportedError, mismatch
 from calora_export.graph import Graph, Rows
 from calora_export.package import Manifest, Slots, SlotTensor
 from calora_export.recipe import Recipe
 from calora_export.routers import Router
-from calora_export.targets import Origin, _coreml_program, _nodes
-from calora_export.targets._coreml_program import Description, Flexible, Input, State, Var, mb, stage, types
+from calora_export.targets import Origin, _coreml_ops, _coreml_program, _nodes
+from calora_export.targets._coreml_ops import HALF, TINY, TO_THE_END
+from calora_export.targets._coreml_program import Description, Flexible, Input, State, Var, mb, stage
+from calora_export.targets._coreml_weights import constant, label, weight_of
 from calora_export.targets._nodes import ATEN, CALORA, VIEWS, W8A8, Weight
 from calora_export.version import VERSION
 
 MODEL, ROUTER = "model.mlpackage", "router.mlpackage"
-HALF = np.float16
-TINY, LOWEST = HALF(2.0**-14), HALF(np.finfo(HALF).min)  # smallest normal number; what a hidden position scores
-TO_THE_END = 2**31 - 1  # torch says sys.maxsize or more
+LOWEST = HALF(np.finfo(HALF).min)  # what a hidden position scores
 _PARTS = ("key", "value")
 
 
@@ -171,13 +170,13 @@ class _Lowering:
     def _given(self, role: str) -> Var:
         """What an adapter has beside rows: an input, a part of the input `extras` in its shape, or baked in."""
         if self.own is not None:
-            return _constant(role, self.own[role].numpy())
+            return constant(role, self.own[role].numpy())
         if role not in self.extras:
             return self.inputs[role]
         names = list(self.extras)
         start = sum(math.prod(self.extras[name]) for name in names[: names.index(role)])
         shape = self.extras[role]
-        part = _slice(self.inputs["extras"], 0, start, start + math.prod(shape))
+        part = _coreml_ops.slice_along(self.inputs["extras"], 0, start, start + math.prod(shape))
         return mb.reshape(x=part, shape=list(shape))
 
     def _missing(self, arg: object) -> bool:
@@ -186,7 +185,7 @@ class _Lowering:
         return self.own is not None and role in self.extras and role not in self.own
 
     def _held(self, role: str) -> Var:
-        return self._once(role, lambda: _constant(_nodes.short(role), self.graph.tensors[role].numpy()))
+        return self._once(role, lambda: constant(_nodes.short(role), self.graph.tensors[role].numpy()))
 
     def _once(self, key: object, make: Callable[[], Var]) -> Var:
         if key not in self.shared:
@@ -198,13 +197,13 @@ class _Lowering:
     def lower_linears(self, node: Node) -> None:
         x, weights = self.value(node.args[0]), _nodes.weights(self.graph, self.roles, node)
         deltas = self._deltas(x, _nodes.slot_sites(self.roles, node), node.args[7])
-        x = _rounded(x) if node.args[9] == W8A8 else x
+        x = _coreml_ops.rounded(x) if node.args[9] == W8A8 else x
         for i, weight in enumerate(weights):
-            bias = _constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
+            bias = constant(f"{weight.name}.bias", weight.bias.numpy()) if weight.bias.numel() else None
             order = None if weight.order is None else weight.order.numpy().astype(np.int32)
             seen = x if order is None else mb.gather(x=x, indices=order, axis=-1)
             site = weight.name.removesuffix(".weight")
-            y = mb.linear(x=seen, weight=self._weight(weight), bias=bias, name=_label(site))
+            y = mb.linear(x=seen, weight=self._weight(weight), bias=bias, name=label(site))
             mask = _nodes.masks(node)[i]
             y = y if mask is None else mb.mul(x=y, y=self.value(mask))
             self.values[node, i] = mb.add(x=y, y=deltas[i]) if i in deltas else y
@@ -213,7 +212,7 @@ class _Lowering:
         """Of x / max|x|, whose squares stay in the range of float16."""
         x, hidden, scores, labels, top_k = node.args
         found = self.value(x)
-        found = mb.real_div(x=found, y=mb.maximum(x=_largest(found), y=TINY))
+        found = mb.real_div(x=found, y=mb.maximum(x=_coreml_ops.largest(found), y=TINY))
         length = mb.reduce_l2_norm(x=found, axes=[-1], keep_dims=True)
         unit = mb.real_div(x=found, y=mb.maximum(x=length, y=TINY))
         bent = mb.tanh(x=mb.matmul(x=unit, y=self.value(hidden), transpose_y=True))
@@ -236,26 +235,26 @@ class _Lowering:
         rows = self._act(mb.matmul(x=x, y=self._down(sites)), gates)  # [members, S, R]
         deltas: dict[int, Var] = {}
         for part, (member, site) in enumerate(members):
-            mine = rows if len(members) == 1 else _slice(rows, 0, part, part + 1)
-            deltas[member] = mb.matmul(x=mine, y=self._up(site), transpose_y=True, name=_label(f"{site}.slot"))
+            mine = rows if len(members) == 1 else _coreml_ops.slice_along(rows, 0, part, part + 1)
+            deltas[member] = mb.matmul(x=mine, y=self._up(site), transpose_y=True, name=label(f"{site}.slot"))
         return deltas
 
     def _down(self, sites: Sequence[str]) -> Var:
         """[sites, in, R]"""
         if self.baked is not None:
             stacked = np.stack([self.baked.sites[site][0].numpy().T for site in sites])
-            return _constant(f"{sites[0]}.down", stacked)
+            return constant(f"{sites[0]}.down", stacked)
         first = self.slots[sites[0]]
         start, count = self.offsets[sites[0]][0], len(sites) * first.inputs
-        rows = _slice(self.inputs["adapter"], 0, start, start + count)
+        rows = _coreml_ops.slice_along(self.inputs["adapter"], 0, start, start + count)
         return mb.reshape(x=rows, shape=[len(sites), first.inputs, -1])
 
     def _up(self, site: str) -> Var:
         """[out, R]"""
         if self.baked is not None:
-            return _constant(f"{site}.up", self.baked.sites[site][1].numpy())
+            return constant(f"{site}.up", self.baked.sites[site][1].numpy())
         start = self.offsets[site][1]
-        return _slice(self.inputs["adapter"], 0, start, start + self.slots[site].outputs)
+        return _coreml_ops.slice_along(self.inputs["adapter"], 0, start, start + self.slots[site].outputs)
 
     def _act(self, rows: Var, gates: object) -> Var:
         """GELU on recovery rows, then gates."""
@@ -286,7 +285,7 @@ class _Lowering:
 
     def lower_rms_norm(self, node: Node) -> None:
         x, weight, eps = self.value(node.args[0]), self.value(node.args[1]), node.args[2]
-        self.values[node, 0] = rms_norm(x, weight, float(eps))  # type: ignore[arg-type]
+        self.values[node, 0] = _coreml_ops.rms_norm(x, weight, float(eps))  # type: ignore[arg-type]
 
     def lower_attention(self, node: Node) -> None:
         """The query heads that share a key head are rows of one query: keys and values are read as they are cached."""
@@ -299,7 +298,7 @@ class _Lowering:
         )
         if _nodes.node(cos).meta["val"].numel():
             tables = self._positions_of(cos), self._positions_of(sin)
-            q, k = _rotate(q, *tables), _rotate(k, *tables)
+            q, k = _coreml_ops.rotate(q, *tables), _coreml_ops.rotate(k, *tables)
         keys, values = (
             self._cached(f"{part}Cache", layer, mb.transpose(x=new, perm=[0, 2, 1, 3]))
             for part, new in zip(_PARTS, (k, v), strict=True)
@@ -307,7 +306,7 @@ class _Lowering:
         queries, sharing = self._by_key_head(q, kv_heads), query_heads // kv_heads
         mask = self._mask(_nodes.integer(window), sharing)
         factor = float(scale)  # type: ignore[arg-type]
-        out = _attend(queries, keys, values, mask, factor, float(softcap))  # type: ignore[arg-type]
+        out = _coreml_ops.attend(queries, keys, values, mask, factor, float(softcap))  # type: ignore[arg-type]
         out = mb.reshape(x=out, shape=[1, query_heads, -1, head_dim])
         out = mb.transpose(x=out, perm=[0, 2, 1, 3])
         self.values[node, 0] = mb.reshape(x=out, shape=[1, -1, query_heads * head_dim])
@@ -414,7 +413,7 @@ class _Lowering:
     def lower_slice(self, node: Node) -> None:
         x, axis, start, end = (*node.args, *(0, 0, TO_THE_END)[len(node.args) - 1 :])
         bounds = _nodes.integer(start), min(_nodes.integer(end), TO_THE_END)
-        self.values[node, 0] = _slice(self.value(x), _nodes.integer(axis), *bounds)
+        self.values[node, 0] = _coreml_ops.slice_along(self.value(x), _nodes.integer(axis), *bounds)
 
     def lower_chunk(self, node: Node) -> None:
         count, axis = _nodes.integer(node.args[1]), _nodes.integer(node.args[2])
@@ -448,113 +447,6 @@ def _offsets(slots: Sequence[SlotTensor]) -> dict[str, tuple[int, int]]:
         found[slot.site] = (start + slot.part * slot.inputs, up)
         up += slot.outputs
     return found
-
-
-def _constant(name: str, values: np.ndarray) -> Var:
-    return mb.const(val=values.astype(HALF), name=_label(name))
-
-
-def weight_of(held: Weight, *, sparse: bool = False) -> Var:
-    """[out, in], as the bundle has it: its integers, zero points and scales; its codebook's positions, and a scale for
-    what they mean; or fp16. sparse: without its zeros, where a bit for each number and the others take less."""
-    if sparse:
-        values = held.values.numpy()
-        mask = nonzero(values if held.bits else values.astype(HALF), _array(held.zero), _array(held.codebook))
-        if sparsity.pays(mask.size - int(mask.sum()), mask.size, held.bits or 16):
-            return _without_zeros(held, mask)
-    if not held.bits:
-        return _constant(held.name, held.values.numpy())
-    label, scale = _label(held.name), held.scale.numpy().astype(HALF)
-    if held.codebook is not None:
-        positions = held.values.numpy().view(types.np_uint4_dtype)
-        codebook = held.codebook.numpy().astype(HALF).reshape(1, 1, -1, 1)
-        looked_up = mb.constexpr_lut_to_dense(indices=positions, lut=codebook, name=f"{label}_positions")
-        return mb.constexpr_blockwise_shift_scale(data=looked_up, scale=scale, name=f"{label}_q")
-    dtype = types.np_int4_dtype if held.bits == 4 else np.dtype(np.int8)
-    data, offset = (None if part is None else part.numpy().view(dtype) for part in (held.values, held.zero))
-    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=offset, name=f"{label}_q")
-
-
-def _without_zeros(held: Weight, mask: np.ndarray) -> Var:
-    """`weight_of`, of the numbers that are not 0 and where they are."""
-    label, kept, places = _label(held.name), held.values.numpy()[mask], mask.astype(types.np_uint1_dtype)
-    if not held.bits:
-        return mb.constexpr_sparse_to_dense(nonzero_data=kept.astype(HALF), mask=places, name=f"{label}_sparse")
-    scale, offset = held.scale.numpy().astype(HALF), None
-    if held.codebook is not None:
-        codebook = held.codebook.numpy().astype(HALF).reshape(1, 1, -1, 1)
-        positions = kept.view(types.np_uint4_dtype)
-        places, data = mb.constexpr_lut_to_sparse(
-            indices_mask=places, indices_nonzero_data=positions, lut=codebook, name=f"{label}_positions"
-        )
-    else:
-        dtype = types.np_int4_dtype if held.bits == 4 else np.dtype(np.int8)
-        data, offset = (None if part is None else part.view(dtype) for part in (kept, _array(held.zero)))
-    places, values = mb.constexpr_sparse_blockwise_shift_scale(
-        data_mask=places, nonzero_data=data, scale=scale, offset=offset, name=f"{label}_q"
-    )
-    return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=places, name=f"{label}_sparse")
-
-
-def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.numpy()
-
-
-def _label(name: str) -> str:
-    """A name as Core ML allows it."""
-    return name.replace(".", "_")
-
-
-def _slice(x: Var, axis: int, start: int, end: int) -> Var:
-    """x[start:end] along an axis, start from the end if negative."""
-    begin, stop, to_the_end = [0] * x.rank, [0] * x.rank, [True] * x.rank
-    begin[axis] = start
-    if end < TO_THE_END:
-        stop[axis], to_the_end[axis] = end, False
-    return mb.slice_by_index(x=x, begin=begin, end=stop, end_mask=to_the_end)
-
-
-def _rotate(x: Var, cos: Var, sin: Var) -> Var:
-    """The half-split rotary embedding of `ops.rotate`, on [1, S, H, D] with tables [1, S, 1, half]."""
-    half, width = cos.shape[-1], x.shape[-1]
-    a, b = _slice(x, -1, 0, half), _slice(x, -1, half, 2 * half)
-    first = mb.sub(x=mb.mul(x=a, y=cos), y=mb.mul(x=b, y=sin))
-    second = mb.add(x=mb.mul(x=b, y=cos), y=mb.mul(x=a, y=sin))
-    rest = [_slice(x, -1, 2 * half, width)] if width > 2 * half else []
-    return mb.concat(values=[first, second, *rest], axis=-1)
-
-
-def _rounded(x: Var) -> Var:
-    """x as W8A8 reads it (`ops.round_activations`), in float16, which holds its 255 steps. It divides by max|x| first,
-    since a 127th of a small one would lose digits."""
-    most = mb.maximum(x=_largest(x), y=TINY)
-    steps = mb.round(x=mb.mul(x=mb.real_div(x=x, y=most), y=HALF(127)))
-    return mb.mul(x=mb.mul(x=steps, y=HALF(1 / 127)), y=most)
-
-
-def _largest(x: Var) -> Var:
-    return mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
-
-
-def rms_norm(x: Var, weight: Var | np.ndarray, eps: float) -> Var:
-    """x / m · rsqrt(mean((x / m)²) + eps / m²) · weight with m = max|x|: squares stay in the range of float16."""
-    largest = mb.maximum(x=_largest(x), y=TINY)
-    y = mb.real_div(x=x, y=largest)
-    floor = mb.real_div(x=HALF(math.sqrt(eps)), y=largest)
-    mean = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
-    scale = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=floor, y=floor)), epsilon=HALF(0))
-    return mb.mul(x=mb.mul(x=y, y=scale), y=weight)
-
-
-def _attend(q: Var, k: Var, v: Var, mask: Var, scale: float, softcap: float) -> Var:
-    """softmax(scale · q kᵀ + mask) v; the fused operator where scores are not bounded by a softcap."""
-    if softcap <= 0:
-        factor = scale * math.sqrt(q.shape[-1])  # the operator divides by √D itself
-        scaled = q if math.isclose(factor, 1.0) else mb.mul(x=q, y=HALF(factor))
-        return mb.scaled_dot_product_attention(query=scaled, key=k, value=v, attn_mask=mask)
-    scores = mb.matmul(x=mb.mul(x=q, y=HALF(scale / softcap)), y=k, transpose_y=True)
-    scores = mb.add(x=mb.mul(x=mb.tanh(x=scores), y=HALF(softcap)), y=mask, name="masked_scores")
-    return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=v)
 
 
 _BINARY: Mapping[object, Callable[..., Var]] = {

@@ -15,8 +15,8 @@ pytest.importorskip("coremltools", reason="the coreml extra is not installed")
 from calora_export import mil, mlpackage, ops, pipeline, runtimes
 from calora_export import package as packages
 from calora_export.errors import PackageError, UnsupportedError
+from calora_export.targets import _coreml_ops, _coreml_weights, coreml
 from calora_export.targets import _coreml_program as programs
-from calora_export.targets import coreml
 from calora_export.targets._coreml_program import Description, Input
 from calora_export.targets._nodes import Weight
 from tests.bundles import HIDDEN, LAYERS, VOCAB, tiny_bundle
@@ -121,7 +121,7 @@ def test_every_form_of_a_weight_computes_what_it_stands_for(tmp_path: Path) -> N
     weights = random_weights()
 
     def body(given: programs.Values) -> dict[str, programs.Var]:
-        made = {name: coreml.weight_of(held) for name, held in weights.items()}
+        made = {name: _coreml_weights.weight_of(held) for name, held in weights.items()}
         return {f"{name}_y": programs.mb.linear(x=given["x"], weight=value) for name, value in made.items()}
 
     inputs = [Input("x", (1, 64), np.float16, "")]
@@ -202,7 +202,7 @@ def test_a_norm_holds_where_squares_leave_float16(tmp_path: Path, size: float) -
     weight = np.random.default_rng(1).uniform(0.5, 2, HIDDEN).astype(np.float16)
 
     def body(given: programs.Values) -> dict[str, programs.Var]:
-        return {"y": coreml.rms_norm(given["x"], weight, 1e-5)}
+        return {"y": _coreml_ops.rms_norm(given["x"], weight, 1e-5)}
 
     inputs, path = [Input("x", x.shape, np.float16, "")], tmp_path / "norm.mlpackage"
     programs.save(programs.build(inputs, [], {"main": body}), path, Description("", "", "", "", {}, {}), inputs, [])
@@ -220,6 +220,14 @@ def test_functions_compute_what_inputs_do(exported: Export, variant: Variant, ti
     fused = variant(tiny, FUNCTIONS, context=64)
     for mix in ({}, {"alpha": 1.0}, {"beta": 1.0}):
         np.testing.assert_allclose(run(fused, mix, IDS), run(exported("coreml-int8"), mix, IDS), atol=HALF)
+
+
+def test_a_function_alone_has_its_own_name(tmp_path: Path) -> None:
+    """That of the base, where a bundle has no adapters."""
+    inputs, about = [Input("x", (1, 4), np.float16, "")], Description("", "", "", "1", {}, {})
+    program = programs.build(inputs, (), {"base": lambda given: {"y": programs.mb.relu(x=given["x"])}})
+    programs.save(program, tmp_path / "one.mlpackage", about, inputs, ())
+    assert list(mil.load(tmp_path / "one.mlpackage").functions) == ["base"]
 
 
 def test_functions_share_their_weights(exported: Export, variant: Variant, tiny: Path) -> None:

@@ -48,12 +48,12 @@ def pruned(form: str) -> Weight:
 @pytest.mark.parametrize("form", ["fp16", "int4", "uint4", "int8", "uint8", "nf4"])
 def test_what_is_left_is_the_same_numbers(form: str, tmp_path: Path) -> None:
     """As coremltools evaluates the constants (a chain of two it does not), and as the saved file computes."""
-    from calora_export.targets import coreml
+    from calora_export.targets import _coreml_weights
 
     held, made = pruned(form), {}
 
     def both(mb: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        made.update(whole=coreml.weight_of(held), sparse=coreml.weight_of(held, sparse=True))
+        made.update(whole=_coreml_weights.weight_of(held), sparse=_coreml_weights.weight_of(held, sparse=True))
         return {name: mb.linear(x=inputs["x"], weight=weight) for name, weight in made.items()}
 
     unit = np.eye(64, dtype=np.float16)
