@@ -103,8 +103,9 @@ def build(inputs: Sequence[Input], states: Sequence[State], bodies: Mapping[str,
     program = Program()
     for name, body in bodies.items():
         program.add_function(name, _function(inputs, states, body))
-    if len(bodies) > 1:
-        program.default_function_name = next(iter(bodies))
+    first = next(iter(bodies))
+    if first != "main":  # what coremltools calls a program's only function
+        program.default_function_name = first
         program.export_as_multifunction = True
         DEDUPLICATE._deduplicate_const_across_functions(program)
     return program
