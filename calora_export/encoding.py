@@ -68,7 +68,7 @@ class Encoder:
         joint = source.joint
         if joint is None:
             return UNSET
-        row = sum(slot.inputs + slot.outputs for slot in self.slots.tensors) * factors.DTYPES[self.slots.dtype].itemsize
+        row = self.slots.row_bytes()
         made = [
             JointAdapter(entry.id, joint.errors[entry.id], self._size(entry.file), joint.ranks[entry.id] * row)
             for entry in entries

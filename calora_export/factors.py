@@ -26,6 +26,8 @@ from calora_export.errors import PackageError, mismatch
 SUFFIX = ".factors"
 LAYOUT = "layout"
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+HELD = {**DTYPES, "int8": DTYPES["fp32"]}
+"""Of slots → of the factors of their rows: what is rounded to int8 is the product."""
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -69,7 +71,10 @@ class Factored:
         if names.core is None:
             return SiteRows(down, up)
         core = held(names.core)
-        return SiteRows(down, up * core if core.ndim == 1 else up @ core)
+        if core.ndim == 1:
+            return SiteRows(down, up * core)
+        # Rounded once: whatever the order of the additions, every runtime has the same rows.
+        return SiteRows(down, (up.astype(np.float64) @ core.astype(np.float64)).astype(np.float32))
 
 
 def _padded(rows: SiteRows, rank: int) -> SiteRows:
@@ -121,7 +126,7 @@ def _tied(opened: Opened) -> Factored:
 
 def write(adapter: Factored, dtype: str, key: str, fingerprint: str, path: Path) -> None:
     """Write an adapter file; key: what the fingerprint of its base is called. The same adapter gives the same bytes."""
-    arrays = {name: np.ascontiguousarray(tensor.astype(DTYPES[dtype])) for name, tensor in adapter.tensors.items()}
+    arrays = {name: np.ascontiguousarray(tensor.astype(HELD[dtype])) for name, tensor in adapter.tensors.items()}
     # A tensor, not metadata: the order of several entries there would vary.
     layout = np.frombuffer(msgspec.json.encode(adapter.layout, order="deterministic"), np.uint8)
     path.write_bytes(save({**arrays, LAYOUT: layout}, metadata={key: fingerprint}))
@@ -132,7 +137,7 @@ def write_basis(basis: Tensors, dtype: str, path: Path) -> None:
 
 
 def basis_bytes(basis: Tensors, dtype: str) -> bytes:
-    return save({name: np.ascontiguousarray(tensor.astype(DTYPES[dtype])) for name, tensor in basis.items()})
+    return save({name: np.ascontiguousarray(tensor.astype(HELD[dtype])) for name, tensor in basis.items()})
 
 
 def read(path: Path, key: str) -> tuple[Factored, str]:

@@ -74,6 +74,11 @@ class Slots(Struct, frozen=True, forbid_unknown_fields=True):
         """Site → (out, in)."""
         return {tensor.site: (tensor.outputs, tensor.inputs) for tensor in self.tensors}
 
+    def row_bytes(self) -> int:
+        """Of one row of every tensor, with its scales if it is int8."""
+        size, scales = {"fp32": (4, 0), "fp16": (2, 0), "int8": (1, 8)}[self.dtype]
+        return sum((slot.inputs + slot.outputs) * size + scales for slot in self.tensors)
+
     def groups(self) -> list[list[SlotTensor]]:
         """Slots that share an input, in the order of an adapter file."""
         return groups_of(self.tensors)

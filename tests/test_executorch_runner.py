@@ -554,7 +554,7 @@ SWAPPED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "model.pte: adapted: ExecuTorch refuses to load it: ": ("model.pte", lambda path: path.write_bytes(bytes(99))),
     "one.safetensors: header: expected a safetensors file": ("one.safetensors", lambda path: path.write_bytes(b"12")),
     "one.safetensors: content: expected JSON": ("one.safetensors", lambda path: path.write_bytes(b"\1" + bytes(8))),
-    "one.safetensors: rows: expected 48 elements, found 51": (
+    "one.safetensors: rows: expected F16 [48], found F16 [51]": (
         "one.safetensors",
         lambda path: _adapter(path, 3, elements=17),
     ),

@@ -53,6 +53,13 @@ const Json& Fields::at(const std::string& key, const char* expected, bool (*righ
 
 std::string Fields::text(const std::string& key) const { return at(key, "text", is_text).get<std::string>(); }
 
+std::vector<std::string> Fields::texts(const std::string& key) const {
+  if (!has(key)) return {};
+  const Json& list = at(key, "a list of texts", is_list);
+  if (!std::all_of(list.begin(), list.end(), is_text)) throw refusal(file_, name(key), "a list of texts", shown(list));
+  return list.get<std::vector<std::string>>();
+}
+
 int64_t Fields::integer(const std::string& key) const { return at(key, "an integer", is_integer).get<int64_t>(); }
 
 std::vector<int64_t> Fields::integers_of(const Json& list, const std::string& key) const {

@@ -22,6 +22,8 @@ class Fields {
   static Fields parse(const std::string& text, const std::string& file);
 
   std::string text(const std::string& key) const;
+  /// Absent: empty.
+  std::vector<std::string> texts(const std::string& key) const;
   int64_t integer(const std::string& key) const;
   std::vector<int64_t> integers(const std::string& key) const;
   /// `count` integers; one stands for as many.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace calora {
 
@@ -40,6 +41,17 @@ inline uint16_t to_half(float value) {
   }
   bits += 0x0fff + ((bits >> 13) & 1);
   return sign | uint16_t((bits - ((127u - 15u) << 23)) >> 13);
+}
+
+/// The bytes of numbers, as fp16 or as they are.
+inline std::vector<char> packed(const std::vector<float>& values, bool half) {
+  std::vector<char> bytes(values.size() * (half ? sizeof(Half) : sizeof(float)));
+  if (!half && !values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+  for (size_t i = 0; half && i < values.size(); ++i) {
+    const Half narrow{to_half(values[i])};
+    std::memcpy(bytes.data() + i * sizeof narrow, &narrow, sizeof narrow);
+  }
+  return bytes;
 }
 
 } // namespace calora

@@ -2,6 +2,8 @@
 
 #include "error.h"
 
+#include <sstream>
+
 namespace calora {
 namespace {
 
@@ -18,16 +20,24 @@ void require_files(const std::filesystem::path& path, const Fields& files) {
   }
 }
 
+std::vector<SlotTensor> slots_of(const Fields& slots) {
+  std::vector<SlotTensor> found;
+  for (const Fields& tensor : slots.objects("tensors"))
+    found.push_back({tensor.text("site"), tensor.text("down"), tensor.text("up"), tensor.integer("part"),
+                     tensor.integer("parts"), tensor.integer("inputs"), tensor.integer("outputs")});
+  return found;
+}
+
+std::string shown(const std::map<std::string, double>& mix) {
+  std::ostringstream text;
+  for (const auto& [id, gate] : mix) text << (text.tellp() ? ", " : "") << id << "=" << gate;
+  return text.str();
+}
+
 } // namespace
 
 void require_value(const std::string& key, const std::string& expected, const std::string& found) {
   if (expected != found) throw refusal(file_name, key, expected, found);
-}
-
-void require_rows_alone(const Fields& slots) {
-  for (const char* const key : {"scaled", "routed"})
-    if (slots.has(key))
-      throw refusal(file_name, std::string("slots.") + key, "adapters of rows alone", key, "--device host runs it");
 }
 
 Package Package::load(const std::filesystem::path& path, const std::string& target) {
@@ -44,24 +54,41 @@ Package Package::load(const std::filesystem::path& path, const std::string& targ
                   path / model.text("file"),
                   router ? path / router->text("file") : std::filesystem::path(),
                   json.text("base_fingerprint"),
+                  slots_of(json.object("slots")),
                   {},
                   model.integer("vocab"),
                   model.integer("context"),
                   model.integers("eos")};
   for (const Fields& adapter : json.objects("adapters"))
-    package.adapters[adapter.text("id")] = path / adapter.text("file");
+    package.adapters[adapter.text("id")] = {path / adapter.text("file"),
+                                            adapter.has("kind") ? adapter.text("kind") : "rows"};
   return package;
 }
 
-const std::filesystem::path& Package::adapter(const std::string& id) const {
-  if (const auto found = adapters.find(id); found != adapters.end()) {
-    if (found->second.extension() == ".factors") // cores, which calora_export/factors.py multiplies with what is shared
-      throw refusal(found->second.filename().string(), "kind", "rows", "factors of rows", "--device host multiplies them");
-    return found->second;
-  }
+const Package::Entry& Package::adapter(const std::string& id) const {
+  if (const auto found = adapters.find(id); found != adapters.end()) return found->second;
   std::string known;
   for (const auto& [name, _] : adapters) known += (known.empty() ? "" : ", ") + name;
   throw refusal(file_name, "adapters", "one of " + (known.empty() ? "none" : known), id);
+}
+
+const SlotTensor& Package::slot(const std::string& file, const std::string& site) const {
+  for (const SlotTensor& slot : slots)
+    if (slot.site == site) return slot;
+  throw refusal(file, site, "a site with a slot", "another one");
+}
+
+void Package::require_mixable(const std::map<std::string, double>& mix) const {
+  std::string routed;
+  for (const auto& [id, gate] : mix) {
+    const std::string& kind = adapter(id).kind;
+    if (kind == "scales" && (mix.size() > 1 || gate != 1.0))
+      throw refusal("mix", id, "it alone at weight 1, since it multiplies layers", shown(mix));
+    if (kind != "routed") continue;
+    if (!routed.empty())
+      throw refusal("mix", id, "one adapter that weighs its experts by token", routed + " and " + id);
+    routed = id;
+  }
 }
 
 void Package::require_fingerprint(const std::string& file, const std::string& found) const {

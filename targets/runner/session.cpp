@@ -10,6 +10,7 @@ void Session::select(const Mix& mix, bool keep_cache) {
   Mix heard;
   for (const auto& [id, gate] : mix)
     if (gate != 0.0) heard[id] = gate;
+  package_.require_mixable(heard);
   activate(heard);
   mix_ = mix;
   if (!keep_cache) forget();

@@ -20,13 +20,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calora_export import bundle as bundles
-from calora_export import factors, mlpackage, pipeline, resources, runtimes
+from calora_export import devices, factors, mlpackage, pipeline, resources, runtimes
 from calora_export import package as packages
 from calora_export.adapters import load_adapter
 from calora_export.devices import host
 from calora_export.errors import DeviceError, FingerprintError, PackageError, UnsupportedError
 from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora, peft, sharelora
-from calora_export.jobs import Case, Job
+from calora_export.jobs import Case, Job, Safety, SafetyTrace
 from calora_export.package import Package, Slots, SlotTensor
 from calora_export.runtimes import Mix, Session
 from tests.bundles import HIDDEN, LAYERS, tiny_base
@@ -35,7 +35,7 @@ from tests.importers import methods
 from tests.importers.methods import Delta, Install
 from tests.importers.test_reductions import IDS, SITES
 from tests.importers.test_targets import LIMITS, RECIPES, session_of
-from tests.packages import copy_package
+from tests.packages import copy_package, refresh
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ def kinds(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     plain = methods.draw_pairs(SITES, 2)
     methods.save_peft(directory / "plain", plain, 2, 3)
     peft.run(base, [directory / "plain"], directory / "peft")
-    full = methods.lots(SITES, directory / "joint.pt", diagonal=False, scale=1.5)
+    joint = methods.lots(SITES, directory / "joint.pt", diagonals=("second",), scale=1.5)
     lots.run(base, directory / "joint.pt", directory / "lots", scale=1.5)
     tasks = methods.mtl_lora(SITES, directory / "mtl.pt", 2, 10, 0.5, diagonal=False, scaler=False)
     mtl_lora.run(base, directory / "mtl.pt", directory / "mtl-lora", alpha=10, temperature=0.5, tasks="piqa,siqa")
     tied = methods.sharelora(SITES, directory / "tied", "AB")
     sharelora.run(base, [directory / "tied"], directory / "sharelora")
-    deltas = {"plain": methods.lora(plain, 3 / 2), **full, "piqa": tasks[0], "siqa": tasks[1], "tied": tied}
+    deltas = {"plain": methods.lora(plain, 3 / 2), **joint, "piqa": tasks[0], "siqa": tasks[1], "tied": tied}
     installs = {"german": methods.flora(SITES, directory / "german.pt")}
     flora.run(base, [directory / "german.pt"], directory / "flora")
     loras, gate, installs["flow"] = methods.lora_flow(SITES, directory, HIDDEN, 0.5)
@@ -95,9 +95,34 @@ def kinds(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Kinds:
     llava_mole.run(base, directory / "mole.pt", directory / "llava-mole", 6)
     parts = [directory / name for name in ("peft", "lots", "mtl-lora", "sharelora", "flora", "lora-flow", "llava-mole")]
     late = directory / "lots" / "adapters" / "second"
-    return Kinds(merged(parts, directory / "bundle"), deltas, installs, late)
+    bundle = merged(parts, directory / "bundle")
+    deltas["fixed"] = add_fixed(bundle, "fixed", "mole", (0.5, 0.2, 0.3))
+    return Kinds(bundle, deltas, installs, late)
 
 
+def add_fixed(bundle: Path, identifier: str, routed: str, weights: tuple[float, ...]) -> Delta:
+    """A dense mixture of the experts of another adapter without its router: y += Σ_e w_e · B_e A_e x."""
+    manifest = bundles.read_manifest(bundle)
+    source, directory = (bundle / "adapters" / name for name in (routed, identifier))
+    shutil.copytree(source, directory)
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".token_router." not in k}, directory / "adapter_model.safetensors")
+    (spec,) = (spec for spec in manifest.adapters if spec.id == routed)
+    changes = {"id": identifier, "class_index": len(manifest.adapters), "token_router": None, "expert_weights": weights}
+    specs = (*manifest.adapters, msgspec.structs.replace(spec, **changes))
+    bundles.write_manifest(bundle, msgspec.structs.replace(manifest, adapters=specs))
+    state = {name.removeprefix("base_model.model."): torch.from_numpy(value) for name, value in tensors.items()}
+
+    def delta(site: str, x: torch.Tensor) -> torch.Tensor | None:
+        if f"{site}.lora_expert_A" not in state:
+            return None
+        downs, ups = state[f"{site}.lora_expert_A"], state[f"{site}.lora_expert_B"]
+        return sum((w * (x @ a.T @ b.T) for w, a, b in zip(weights, downs, ups, strict=True)), torch.zeros(()))
+
+    return delta
+
+
+ROWS = ("plain", "fixed")
 FACTORED = ("first", "second", "piqa", "siqa", "tied")
 OTHERS = ("german", "flow", "mole")  # FLoRA, LoRA-Flow, LLaVA-MoLE
 
@@ -110,13 +135,13 @@ def hf(base: Path) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def exports(kinds: Kinds, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Package]:
     @functools.cache
-    def export(target: str) -> Package:
-        return pipeline.export(kinds.bundle, tmp_path_factory.mktemp(target) / "package", RECIPES[target])
+    def export(recipe: str) -> Package:
+        return pipeline.export(kinds.bundle, tmp_path_factory.mktemp(recipe) / "package", recipe)
 
     return export
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=RECIPES.values())
 def package(request: pytest.FixtureRequest, exports: Callable[[str], Package]) -> Package:
     return exports(request.param)
 
@@ -130,7 +155,7 @@ def reference(hf: PreTrainedModel, *installs: Install) -> np.ndarray:
     return methods.run_with(hf, IDS, *installs)[0, -1].numpy()
 
 
-@pytest.mark.parametrize("kind", ["plain", *FACTORED, *OTHERS])
+@pytest.mark.parametrize("kind", [*ROWS, *FACTORED, *OTHERS])
 def test_an_adapter_of_each_kind_is_its_method(package: Package, kinds: Kinds, hf: PreTrainedModel, kind: str) -> None:
     expected, plain = reference(hf, kinds.install(kind)), reference(hf)
     assert np.abs(expected - plain).max() > 0.1
@@ -159,17 +184,17 @@ def half(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x / 2
 
 
-@pytest.mark.parametrize(
-    ("mix", "expected"),
-    [
-        ({"german": 0.5}, "german: expected it alone at weight 1, .*, found german=0.5"),
-        ({"german": 1.0, "plain": 1.0}, "german: expected it alone at weight 1, .*, found german=1, plain=1"),
-        ({"flow": 1.0, "mole": 1.0}, "mole: expected one adapter that weighs its experts by token, found flow and "),
-    ],
-)
-def test_what_no_formula_adds_up_is_refused(package: Package, mix: Mix, expected: str) -> None:
+NOT_ADDED: dict[str, Mix] = {
+    "german: expected it alone at weight 1, .*, found german=0.5": {"german": 0.5},
+    "german: expected it alone at weight 1, .*, found german=1, plain=1": {"german": 1.0, "plain": 1.0},
+    "mole: expected one adapter that weighs its experts by token, found flow and ": {"flow": 1.0, "mole": 1.0},
+}
+
+
+@pytest.mark.parametrize("expected", NOT_ADDED)
+def test_what_no_formula_adds_up_is_refused(package: Package, expected: str) -> None:
     with pytest.raises(UnsupportedError, match=f"^mix: {expected}"):
-        session_of(package).select(mix)
+        session_of(package).select(NOT_ADDED[expected])
 
 
 def test_back_to_the_first_is_the_first_bit_for_bit(package: Package) -> None:
@@ -235,32 +260,42 @@ def test_what_a_package_has_no_inputs_for_is_not_added(
     assert not (tmp_path / "file").exists()
 
 
+def forge(package: Package, file: Path) -> Path:
+    """Cores that say that they are for another base."""
+    slots, own = package.manifest.slots, package.path / package.adapter("first").file
+    adapter, _ = factors.read(own, slots.fingerprint)
+    factors.write(adapter, slots.dtype, slots.fingerprint, OTHER_BASE, file)
+    return file
+
+
 def test_cores_for_another_base_are_refused(package: Package, tmp_path: Path) -> None:
-    slots, path = package.manifest.slots, package.path / package.adapter("first").file
-    adapter, _ = factors.read(path, slots.fingerprint)
-    forged = tmp_path / path.name
-    factors.write(adapter, slots.dtype, slots.fingerprint, OTHER_BASE, forged)
     with pytest.raises(FingerprintError, match=OTHER_BASE):
-        session_of(package).admit(forged)
+        session_of(package).admit(forge(package, tmp_path / "first.factors"))
 
 
-@pytest.mark.parametrize("damage", ["site", "shape", "basis"])
-def test_cores_that_do_not_fit_are_refused_in_one_line(package: Package, tmp_path: Path, damage: str) -> None:
+DAMAGE = {"site": "a site with a slot", "shape": r"\[6, 6\]", "basis": "a file of this package"}
+
+
+def damage(package: Package, kind: str, file: Path) -> None:
+    """Cores that do not fit."""
     slots, path = package.manifest.slots, package.path / package.adapter("first").file
     adapter, fingerprint = factors.read(path, slots.fingerprint)
     site = next(iter(adapter.layout.sites))
-    if damage == "site":
+    if kind == "site":
         sites = {"model.layers.9.self_attn.q_proj": adapter.layout.sites[site]}
         adapter = replace(adapter, layout=msgspec.structs.replace(adapter.layout, sites=sites))
-    elif damage == "shape":
+    elif kind == "shape":
         adapter = replace(adapter, tensors={**adapter.tensors, f"{site}.core": np.zeros((6, 5), np.float32)})
     else:
         adapter = replace(adapter, layout=msgspec.structs.replace(adapter.layout, basis="../package.json"))
-    broken = tmp_path / path.name
-    factors.write(adapter, slots.dtype, slots.fingerprint, fingerprint, broken)
-    wanted = {"site": "a site with a slot", "shape": r"\[6, 6\]", "basis": "a file of this package"}[damage]
-    with pytest.raises(PackageError, match=rf"^first.factors: .*expected {wanted}, found"):
-        session_of(package).admit(broken)
+    factors.write(adapter, slots.dtype, slots.fingerprint, fingerprint, file)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_cores_that_do_not_fit_are_refused_in_one_line(package: Package, tmp_path: Path, kind: str) -> None:
+    damage(package, kind, tmp_path / "first.factors")
+    with pytest.raises(PackageError, match=f"^first.factors: .*expected {DAMAGE[kind]}, found"):
+        session_of(package).admit(tmp_path / "first.factors")
 
 
 def test_every_kind_runs_on_the_plain_sdk_of_executorch(kinds: Kinds, hf: PreTrainedModel, tmp_path: Path) -> None:
@@ -304,45 +339,57 @@ def test_functions_of_core_ml_hold_every_kind(kinds: Kinds, hf: PreTrainedModel,
     assert used["flow"]["softmax"] == LAYERS and not used["base"]["softmax"] and not used["first"]["softmax"]
 
 
-def test_experts_of_fixed_weights_are_rows(kinds: Kinds, hf: PreTrainedModel, tmp_path: Path) -> None:
-    """A dense mixture without a router: y += Σ_e w_e · scale · B_e A_e x."""
-    bundle = merged([kinds.bundle], tmp_path / "bundle")
-    manifest = bundles.read_manifest(bundle)
-    directory = bundle / "adapters" / "mole"
-    tensors = load_file(directory / "adapter_model.safetensors")
-    save_file({k: v for k, v in tensors.items() if ".token_router." not in k}, directory / "adapter_model.safetensors")
-    weights = (0.5, 0.2, 0.3)
-    specs = [
-        msgspec.structs.replace(spec, token_router=None, expert_weights=weights) if spec.id == "mole" else spec
-        for spec in manifest.adapters
-    ]
-    bundles.write_manifest(bundle, msgspec.structs.replace(manifest, adapters=tuple(specs)))
-    state = {name.removeprefix("base_model.model."): torch.from_numpy(value) for name, value in tensors.items()}
-
-    def delta(site: str, x: torch.Tensor) -> torch.Tensor | None:
-        if f"{site}.lora_expert_A" not in state:
-            return None
-        downs, ups = state[f"{site}.lora_expert_A"], state[f"{site}.lora_expert_B"]
-        return sum((w * (x @ a.T @ b.T) for w, a, b in zip(weights, downs, ups, strict=True)), torch.zeros(()))
-
-    package = pipeline.export(bundle, tmp_path / "package", "torch-fp32")
-    entry = package.adapter("mole")
+def test_experts_of_fixed_weights_are_rows(package: Package) -> None:
+    entry = package.adapter("fixed")
     assert entry.kind is msgspec.UNSET and entry.rank == 9
-    found = logits(session_of(package), {"mole": 1.0})
-    assert np.abs(found - reference(hf, methods.added(delta))).max() <= LIMITS["torch"]
 
 
-@pytest.mark.parametrize("target", ["onnx", "executorch"])
-def test_native_runners_say_what_they_do_not_multiply(
-    exports: Callable[[str], Package], base: Path, tmp_path: Path, target: str
+# ── runners without Python ────────────────────────────────────────────────────────────────────────────────────────────
+
+MIXES: dict[str, Mix] = {name: {name: 1.0} for name in (*ROWS, *FACTORED, *OTHERS)} | {
+    "base": {},
+    "factors": {"first": 0.6, "tied": 0.3, "plain": 0.5},
+    "one factor": {"second": -0.4},
+    "experts": {"plain": 0.5, "mole": 1.0, "siqa": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "recipe"),
+    [
+        ("host:native", "onnx-fp32"),
+        ("host:native", "executorch-fp32"),
+        ("host:native", "onnx-int4-fused"),
+        pytest.param("host:native", "executorch-8da4w", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_runner_computes_what_python_does(
+    exports: Callable[[str], Package], tmp_path: Path, device: str, recipe: str
 ) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("no compiler")
-    with pytest.raises(DeviceError, match=r"slots\.scaled: expected adapters of rows alone, found scaled"):
-        host.run("native", exports(target), Job(threads=1))
-    methods.lots(SITES, tmp_path / "joint.pt", diagonal=True, scale=1.0)
-    lots.run(base, tmp_path / "joint.pt", tmp_path / "lots")
-    package = pipeline.export(tmp_path / "lots", tmp_path / "package", RECIPES[target])
-    case = Case(name="first", mix={"first": 1.0}, ids=(1, 2, 3), prefill=2)
-    with pytest.raises(DeviceError, match=r"first\.factors: kind: expected rows, found factors of rows"):
-        host.run("native", package, Job(threads=1, cases=(case,)))
+    package = exports(recipe)
+    forged = forge(package, tmp_path / "forged.factors")
+    cases = tuple(Case(name, dict(mix), tuple(IDS[0].tolist()), 3) for name, mix in MIXES.items())
+    job = Job(1, cases, safety=Safety({"first": 1.0}, {"mole": 1.0}, cases[0].ids, str(forged)))
+    made, expected = devices.run(device, package, job), host.answer(package, job)
+    assert made.answer.safety == expected.answer.safety == SafetyTrace(aba=True, fresh=True, stale=True, refused=True)
+    for name, logits in expected.logits.items():
+        assert np.abs(made.logits[name] - logits).max() <= 1e-4, name
+        assert name == "base" or np.abs(made.logits[name] - made.logits["base"]).max() > 0.1
+
+
+@pytest.mark.parametrize("recipe", ["onnx-fp32", "executorch-fp32"])
+def test_a_runner_refuses_what_python_does(exports: Callable[[str], Package], tmp_path: Path, recipe: str) -> None:
+    package = exports(recipe)
+
+    def refused(package: Package, mix: Mix, expected: str) -> None:
+        job = Job(threads=1, cases=(Case("one", dict(mix), (1, 2, 3), 2),))
+        with pytest.raises(DeviceError, match=f"^host: {expected}"):
+            devices.run("host:native", package, job)
+
+    for expected, mix in NOT_ADDED.items():
+        refused(package, mix, f"mix: {expected}")
+    copy = copy_package(package.path, tmp_path / "package")
+    for kind, wanted in DAMAGE.items():
+        damage(package, kind, copy / package.adapter("first").file)
+        refresh(copy)
+        refused(packages.load(copy), {"first": 1.0}, f"first.factors: .*expected {wanted}, found")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -187,15 +187,16 @@ def nola(sites: Sites, directory: Path, kind: torch.dtype) -> Delta:
     return lora({site[:-2]: (a, made[f"{site[:-2]}.B"]) for site, a in made.items() if site.endswith(".A")}, alpha / r)
 
 
-def lots(sites: Sites, file: Path, *, diagonal: bool, scale: float) -> dict[str, Delta]:
-    """y += scale · U Σ_i Vᵀ x; one delta per adapter."""
+def lots(sites: Sites, file: Path, *, diagonals: Collection[str] = (), scale: float) -> dict[str, Delta]:
+    """y += scale · U Σ_i Vᵀ x; one delta per adapter. diagonals: those of which the file has Σ's diagonal alone."""
     c = 6
     own = some(sites, "q_proj", "v_proj")
     state: dict[str, Tensor] = {}
     for site, (rows, columns) in own.items():
         state |= {f"{site}.U": normal(rows, c), f"{site}.V": normal(columns, c)}
         for adapter in ("first", "second"):
-            state[f"{site}.sigma.{adapter}"] = normal(c) * 3 if diagonal else normal(c, c)
+            sigma = normal(c, c)
+            state[f"{site}.sigma.{adapter}"] = 3 * sigma.diag() if adapter in diagonals else sigma
     torch.save(state, file)
 
     def of(adapter: str) -> Delta:
@@ -204,7 +205,7 @@ def lots(sites: Sites, file: Path, *, diagonal: bool, scale: float) -> dict[str,
                 return None
             sigma = state[f"{site}.sigma.{adapter}"]
             u, v = state[f"{site}.U"], state[f"{site}.V"]
-            return scale * (u @ ((sigma.diag() if diagonal else sigma) @ (v.T @ x.mT))).mT
+            return scale * (u @ ((sigma.diag() if sigma.dim() == 1 else sigma) @ (v.T @ x.mT))).mT
 
         return delta
 

@@ -58,7 +58,7 @@ def import_all(base: Path, directory: Path) -> dict[str, tuple[Path, Delta]]:
     delta = methods.nola(SITES, directory / "guanaco", torch.float32)
     nola.run(base, [directory / "guanaco"], directory / "nola", "cpu")
     keep("nola", "guanaco", delta)
-    lots_deltas = methods.lots(SITES, directory / "joint.pt", diagonal=False, scale=1.5)
+    lots_deltas = methods.lots(SITES, directory / "joint.pt", scale=1.5)
     lots.run(base, directory / "joint.pt", directory / "lots", scale=1.5)
     keep("lots", "second", lots_deltas["second"])
     return made

@@ -1,29 +1,31 @@
 #include "adapter.h"
 
 #include "error.h"
-#include "fields.h"
+#include "factors.h"
+#include "half.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace calora {
 namespace {
 
-/// A tensor of a safetensors file.
-struct Stored {
-  const char* data;
-  int64_t elements;
-};
-
-Stored tensor(const std::string& file, const Fields& header, const std::string& name, const std::string& dtype,
-              const char* data, size_t size) {
-  const Fields entry = header.object(name);
-  if (entry.text("dtype") != dtype) throw refusal(file, name, dtype, entry.text("dtype"));
-  const std::vector<int64_t> shape = entry.integers("shape"), range = entry.integers("data_offsets");
-  const int64_t width = dtype == "F16" ? 2 : 4;
-  const bool whole = range.size() == 2 && 0 <= range[0] && range[0] <= range[1] && range[1] <= int64_t(size);
-  if (shape.size() != 1 || !whole || range[1] - range[0] != shape[0] * width)
-    throw refusal(file, name, "a vector inside the file", "another range");
-  return {data + range[0], shape[0]};
+/// Rows as a file of the adapter would hold them.
+Adapter lay(const Multiplied& made, const Layout& layout) {
+  std::vector<char> memory;
+  const auto append = [&](const std::vector<float>& matrix) {
+    const std::vector<char> bytes = packed(matrix, layout.half);
+    memory.insert(memory.end(), bytes.begin(), bytes.end());
+  };
+  for (const Group& group : layout.groups) {
+    for (const std::string& site : group.sites) append(made.sites.at(site).down);
+    for (const std::string& site : group.sites) append(made.sites.at(site).up);
+  }
+  const auto rank = size_t(made.rank);
+  Adapter adapter{nullptr, std::move(memory), nullptr, std::vector<float>(rank), layout.extras.none,
+                  std::vector<float>(size_t(layout.experts) * rank), made.rank};
+  adapter.rows = adapter.memory.data();
+  return adapter;
 }
 
 /// Copies a matrix [rank, width] to where the mix holds these ranks of it, and returns what follows it.
@@ -32,27 +34,40 @@ const char* append(const char* from, char* to, int64_t rank, int64_t row_bytes) 
   return from + rank * row_bytes;
 }
 
+/// What the adapters of a mix have beside rows, of which at most one has more than nothing; experts' rows have their
+/// gates from the tokens, times that of the mix.
+void add_extras(const std::vector<std::pair<const Adapter*, float>>& parts, const Layout& layout, Rows& mix) {
+  mix.extras = layout.extras.none;
+  mix.select.resize(size_t(layout.experts * mix.rank));
+  int64_t before = 0;
+  for (const auto& [adapter, weight] : parts) {
+    if (adapter->extras != layout.extras.none) mix.extras = adapter->extras;
+    for (size_t i = 0; i < adapter->select.size(); ++i) {
+      const int64_t expert = int64_t(i) / adapter->rank, row = before + int64_t(i) % adapter->rank;
+      mix.select[size_t(expert * mix.rank + row)] = weight * adapter->select[i];
+      if (adapter->select[i] != 0.0f) mix.gate[size_t(row)] = 0.0f;
+    }
+    before += adapter->rank;
+  }
+}
+
 } // namespace
 
 Adapter Adapter::load(const std::filesystem::path& path, const Package& package, const Layout& layout) {
-  const std::string file = path.filename().string();
-  auto mapped = std::make_unique<MappedFile>(path);
-  uint64_t length = 0;
-  if (mapped->size() >= sizeof length) std::memcpy(&length, mapped->data(), sizeof length);
-  if (mapped->size() < sizeof length || length > mapped->size() - sizeof length)
-    throw refusal(file, "header", "a safetensors file", "another file or a part of one");
-  const char* const data = mapped->data() + sizeof length + length;
-  const size_t size = mapped->size() - sizeof length - length;
-  const Fields header = Fields::parse(std::string(mapped->data() + sizeof length, length), file);
-
-  package.require_fingerprint(file, header.object("__metadata__").text("base_fingerprint"));
-  header.only({"__metadata__", "recovery", "rows"});
-  const Stored recovery = tensor(file, header, "recovery", "F32", data, size);
-  const Stored rows = tensor(file, header, "rows", layout.half ? "F16" : "F32", data, size);
-  const int64_t expected = recovery.elements * layout.elements;
-  if (rows.elements != expected)
-    throw refusal(file, "rows", std::to_string(expected) + " elements", std::to_string(rows.elements));
-  return {std::move(mapped), rows.data, recovery.data, recovery.elements};
+  if (is_factored(path)) return lay(Multiplied::load(path, package), layout);
+  auto file = std::make_unique<Safetensors>(path);
+  package.require_fingerprint(file->name(), file->stated("base_fingerprint"));
+  const Safetensors::Tensor* const marks = file->find("recovery");
+  const int64_t rank = marks ? marks->elements() : 0;
+  Safetensors::Forms forms{{"recovery", {"F32", {rank}}}};
+  forms["rows"] = {layout.half ? "F16" : "F32", {rank * layout.elements}};
+  if (!layout.extras.none.empty()) forms["extras"] = {"F32", layout.extras.shape};
+  if (layout.experts) forms["select"] = {"F32", {layout.experts, rank}};
+  file->require(forms);
+  const auto numbers = [&](const char* name) { return forms.count(name) ? file->numbers(name) : std::vector<float>(); };
+  Adapter made{nullptr, {}, file->find("rows")->data, numbers("recovery"), numbers("extras"), numbers("select"), rank};
+  made.file = std::move(file);
+  return made;
 }
 
 Rows Rows::mix(const std::vector<std::pair<const Adapter*, float>>& parts, const Layout& layout) {
@@ -62,10 +77,11 @@ Rows Rows::mix(const std::vector<std::pair<const Adapter*, float>>& parts, const
     mix.rank += adapter->rank;
     mix.gate.resize(size_t(mix.rank), weight);
     mix.recovery.resize(size_t(mix.rank));
-    std::memcpy(mix.recovery.data() + before, adapter->recovery, size_t(adapter->rank) * sizeof(float));
+    std::copy(adapter->recovery.begin(), adapter->recovery.end(), mix.recovery.begin() + before);
   }
   if (mix.rank > layout.rank_budget)
     throw refusal("mix", "rank", "at most " + std::to_string(layout.rank_budget), std::to_string(mix.rank));
+  add_extras(parts, layout, mix);
   if (parts.size() == 1) mix.rows = parts[0].first->rows;
   if (parts.size() < 2) return mix;
 

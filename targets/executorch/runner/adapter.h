@@ -2,7 +2,7 @@
 #pragma once
 
 #include "layout.h"
-#include "mapped_file.h"
+#include "safetensors.h"
 
 #include <cstdint>
 #include <filesystem>
@@ -14,9 +14,12 @@ namespace calora {
 
 /// An adapter of this package's base. rows: fp16 or fp32 [rank · Layout::elements].
 struct Adapter {
-  std::unique_ptr<MappedFile> file;
+  std::unique_ptr<Safetensors> file; // or what was multiplied:
+  std::vector<char> memory;
   const char* rows;
-  const char* recovery; // fp32 [rank], not necessarily aligned
+  std::vector<float> recovery; // [rank]
+  std::vector<float> extras;   // [Layout::extras]
+  std::vector<float> select;   // [Layout::experts, rank]
   int64_t rank;
 
   /// Refuses an adapter of another base, or whose tensors are not those of the package's slots.
@@ -28,6 +31,7 @@ struct Rows {
   const void* rows = nullptr;
   int64_t rank = 0;
   std::vector<float> gate, recovery; // [rank]
+  std::vector<float> extras, select; // [Layout::extras], [Layout::experts, rank]
   std::vector<char> blended;
 
   /// Nothing: the base. One adapter: its file, in place. Several: their ranks side by side in every matrix.

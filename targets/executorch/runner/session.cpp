@@ -65,6 +65,10 @@ class ExecutorchSession : public Session {
     }
     model_->set(input++, chosen.gate.data(), {rank}, ScalarType::Float);
     model_->set(input++, chosen.recovery.data(), {rank}, ScalarType::Float);
+    if (!chosen.extras.empty())
+      model_->set(input++, chosen.extras.data(), {int32_t(chosen.extras.size())}, ScalarType::Float);
+    if (layout_.experts)
+      model_->set(input, chosen.select.data(), {1, int32_t(layout_.experts), rank}, ScalarType::Float);
     rows_ = std::move(chosen); // only now: the model read the old ones until here
   }
 
@@ -96,7 +100,7 @@ class ExecutorchSession : public Session {
   const Adapter& adapter(const std::string& id) {
     const auto found = adapters_.find(id);
     if (found != adapters_.end()) return found->second;
-    return adapters_.emplace(id, Adapter::load(package().adapter(id), package(), layout_)).first->second;
+    return adapters_.emplace(id, Adapter::load(package().adapter(id).file, package(), layout_)).first->second;
   }
 
   Layout layout_;

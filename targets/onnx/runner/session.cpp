@@ -72,7 +72,7 @@ class OnnxSession : public Session {
   void admit(const std::filesystem::path& path) const override { Adapter::load(path, package(), slots_); }
 
  private:
-  /// One adapter as it is: the runtime's adapter API, which reads the mapped file. A mix: tensors of our own.
+  /// One file as it is: the runtime's adapter API, which reads it mapped. A mix, or what was multiplied: our tensors.
   void activate(const Mix& mix) override {
     std::vector<std::pair<const Adapter*, float>> parts;
     for (const auto& [id, gate] : mix) parts.push_back({&adapter(id), float(gate)});
@@ -80,7 +80,7 @@ class OnnxSession : public Session {
     ort::require(ort::api().CreateRunOptions(&options), "ONNX Runtime");
     ort::RunOptionsHandle made(options);
     Blend blend;
-    if (parts.size() == 1 && parts[0].second == 1.0f)
+    if (parts.size() == 1 && parts[0].second == 1.0f && parts[0].first->handle)
       ort::require(ort::api().RunOptionsAddActiveLoraAdapter(options, parts[0].first->handle.get()), "adapter");
     else if (!parts.empty() || slots_.required)
       blend = Blend::of(parts, slots_);
@@ -97,7 +97,7 @@ class OnnxSession : public Session {
       inputs.add(buffer.past, buffer.value);
       outputs.add(buffer.present, buffer.value);
     }
-    for (const auto& [input, value] : blend_.values) inputs.add(input->name, value);
+    for (const auto& [name, value] : blend_.values) inputs.add(*name, value);
     const Graph::Output logits = model_.run(inputs, std::move(outputs), options_.get());
     const int64_t vocab = package().vocab;
     if (logits.count != vocab && logits.count != vocab * int64_t(count))
@@ -116,7 +116,7 @@ class OnnxSession : public Session {
   const Adapter& adapter(const std::string& id) {
     const auto found = adapters_.find(id);
     if (found != adapters_.end()) return found->second;
-    return adapters_.emplace(id, Adapter::load(package().adapter(id), package(), slots_)).first->second;
+    return adapters_.emplace(id, Adapter::load(package().adapter(id).file, package(), slots_)).first->second;
   }
 
   int64_t threads_;

@@ -13,6 +13,7 @@ int64_t SlotInput::width() const {
 }
 
 std::vector<int64_t> SlotInput::shape(int64_t rank) const {
+  if (marks) return {int64_t(matrices.size()), rank};
   if (flat) return {rank * width()};
   return {int64_t(matrices.size()) * rank, matrices[0].width};
 }
@@ -21,10 +22,11 @@ namespace {
 
 /// One input of all matrices, and one of a number for each row where they are int8.
 std::vector<SlotInput> together(const std::vector<SlotInput>& each, const std::string& name, bool scaled) {
-  SlotInput rows{name, each.empty() ? ort::fp32 : each[0].type, {}, true}, scales{"scales", ort::fp32, {}, true};
+  SlotInput rows{name, each.empty() ? ort::fp32 : each[0].type, {}, true};
+  SlotInput scales{"scales", ort::fp32, {}, true, false, true};
   for (const SlotInput& input : each)
     for (const Matrix& matrix : input.matrices) {
-      rows.matrices.push_back({matrix.width, matrix.gated && !scaled});
+      rows.matrices.push_back({matrix.width, matrix.gated && !scaled, matrix.site, matrix.up});
       scales.matrices.push_back({1, matrix.gated});
     }
   return scaled ? std::vector{rows, scales} : std::vector{rows};
@@ -34,7 +36,6 @@ std::vector<SlotInput> together(const std::vector<SlotInput>& each, const std::s
 
 Slots Slots::of(const Package& package) {
   const Fields settings = package.manifest.object("settings"), slots = package.manifest.object("slots");
-  require_rows_alone(slots);
   Slots made;
   made.fingerprint = slots.text("fingerprint");
   made.required = settings.text("adapter_inputs") == "required";
@@ -44,16 +45,22 @@ Slots Slots::of(const Package& package) {
   if (found == types.end()) require_value("slots.dtype", "fp32, fp16 or int8", slots.text("dtype"));
   const ort::Type type = found->second;
   size_t down = 0;
-  for (const Fields& tensor : slots.objects("tensors")) {
-    if (tensor.integer("part") == 0 || made.inputs.empty()) { // the first of a group
+  for (const SlotTensor& slot : package.slots) {
+    if (slot.part == 0 || made.inputs.empty()) { // the first of a group
       down = made.inputs.size();
-      made.inputs.push_back({tensor.text("down"), type, {}, false});
+      made.inputs.push_back({slot.down, type, {}, false});
     }
-    made.inputs[down].matrices.push_back({tensor.integer("inputs"), false});
-    made.inputs.push_back({tensor.text("up"), type, {{tensor.integer("outputs"), true}}, false});
+    made.inputs[down].matrices.push_back({slot.inputs, false, slot.site});
+    made.inputs.push_back({slot.up, type, {{slot.outputs, true, slot.site, true}}, false});
   }
   if (slots.has("rows")) made.inputs = together(made.inputs, slots.text("rows"), type == ort::int8);
   if (slots.has("recovery")) made.inputs.push_back({slots.text("recovery"), ort::fp32, {{1, false}}, true});
+  made.extras = Extras::of(package);
+  if (made.extras.experts) {
+    const std::vector<Matrix> marks(size_t(made.extras.experts), {1, false});
+    made.inputs.push_back({"select", ort::fp32, marks, false, true});
+    made.inputs.push_back({always, ort::fp32, {{1, false}}, true});
+  }
   return made;
 }
 
