@@ -346,7 +346,7 @@ def test_experts_of_fixed_weights_are_rows(package: Package) -> None:
 
 # ── runners without Python ────────────────────────────────────────────────────────────────────────────────────────────
 
-MIXES: dict[str, Mix] = {name: {name: 1.0} for name in (*ROWS, *FACTORED, *OTHERS)} | {
+MIXES: dict[str, dict[str, float]] = {name: {name: 1.0} for name in (*ROWS, *FACTORED, *OTHERS)} | {
     "base": {},
     "factors": {"first": 0.6, "tied": 0.3, "plain": 0.5},
     "one factor": {"second": -0.4},
