@@ -49,7 +49,9 @@ def compress(bundle: Bundle, columns: int) -> Joint:
     opened = [adapters.opened(bundle, spec.id) for spec in bundle.manifest.adapters]
     linear = [a for a in opened if all((b.role, b.act) == ("lora", "identity") for b in a.branches)]
     if not linear:
-        raise RecipeError(mismatch("recipe", "joint_basis", "plain LoRAs in the bundle", "none, or all have recovery"))
+        found = f"{len(opened)} adapters with more than LoRA, such as recovery" if opened else "no adapter"
+        hint = "leave joint_basis out of the recipe"
+        raise RecipeError(mismatch("recipe", "joint_basis", "plain LoRAs in the bundle", found, hint))
     sites = sorted({branch.site for adapter in linear for branch in adapter.branches}, key=natural_key)
     basis: dict[str, np.ndarray] = {}
     cores: dict[str, dict[str, np.ndarray]] = {adapter.id: {} for adapter in linear}

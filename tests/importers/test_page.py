@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections import defaultdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from calora_export import importers, recipe, targets
+from calora_export.manifest import RouterSpec
 
 TESTS = Path(__file__).parent.parent
 PAGE = (TESTS.parent / "docs" / "importing.md").read_text()
@@ -24,10 +26,10 @@ NAMED = re.compile(r"`([\w/]+\.py)::(\w+)(?:\[(.*?)\])?`")
 Cases = dict[tuple[str, str], dict[str, set[str]]]  # file and test → id of a case → the targets that it runs on
 
 
-def rows() -> list[list[str]]:
-    """The cells of the table of systems."""
-    table = PAGE.split("## Every system")[1].split("## What the files")[0]
-    return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+def rows(title: str = "## Every system") -> list[list[str]]:
+    """The cells of a section's first table."""
+    section = PAGE.split(title)[1].split("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
 
 
 class Collector:
@@ -56,7 +58,7 @@ def ran_on(*parameters: object) -> set[str]:
 @pytest.fixture(scope="module")
 def cases() -> Cases:
     """Of every file that the table names; nothing is run."""
-    files = sorted({file for row in rows() for file, _, _ in NAMED.findall(" ".join(row))})
+    files = sorted({file for file, _, _ in NAMED.findall(PAGE)})
     collector = Collector()
     options = ["--collect-only", "-m", "", "-p", "no:terminal", "-p", "no:cacheprovider"]
     status = pytest.main([*options, *(str(TESTS / file) for file in files)], [collector])
@@ -78,8 +80,31 @@ def test_a_row_is_shown_by_tests(row: list[str], cases: Cases) -> None:
     if arrives.startswith("refused"):
         assert ran == "–"
         return
-    claimed = {TARGETS[name] for name in ran.partition(": ")[0].split(", ")}
-    shown = matching(ran, cases)
+    ran_where_it_says(ran, cases)
+
+
+@pytest.mark.parametrize("row", rows("## Every kind of router"), ids=lambda row: row[0])
+def test_a_kind_of_router_is_shown_by_tests(row: list[str], cases: Cases) -> None:
+    kind, _, decides, ran = row
+    assert kind and matching(decides, cases)
+    ran_where_it_says(ran, cases)
+
+
+def test_every_kind_of_router_has_a_row() -> None:
+    kinds = typing.get_args(typing.get_type_hints(RouterSpec)["kind"])
+    named = {row[0].split("`")[1] for row in rows("## Every kind of router")}
+    assert named == {*kinds, "token_gate", "token_moe"}
+
+
+def test_the_policy_of_the_cache_is_shown_by_tests(cases: Cases) -> None:
+    section = PAGE.split("## Every kind of router")[1].split("\n## ")[0]
+    assert matching(section.rpartition("|\n")[2], cases)
+
+
+def ran_where_it_says(cell: str, cases: Cases) -> None:
+    """Every test that a cell names behind its targets runs on all of them."""
+    claimed = {TARGETS[name] for name in cell.partition(": ")[0].split(", ")}
+    shown = matching(cell, cases)
     assert claimed and shown
     for name, found in shown.items():
         assert claimed <= set.union(*found.values()), f"{name}: {sorted(found)}"
@@ -104,7 +129,7 @@ def test_a_claim_that_no_test_shows_is_found(cases: Cases) -> None:
 
 
 def test_every_importer_is_in_the_page_and_no_other() -> None:
-    shown = set(re.findall(r"import ([a-z][a-z-]+)", PAGE.split("## What the files")[0]))
+    shown = set(re.findall(r"import ([a-z][a-z-]+)", PAGE.split("## Every kind")[0]))
     refused = {"llm-pruner", "ramole"}
     assert shown == set(importers.names()) - refused
     assert refused < set(importers.names())
