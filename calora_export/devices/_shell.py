@@ -19,6 +19,7 @@ QUICK_S = 60  # of everything that moves little
 FIRST, END = "connect", "calora-export:"
 UNFIT = 126  # a shell's own exit code for what it cannot execute
 REASONS = ("No space left on device", "Read-only file system", "Permission denied", "Exec format error")
+EMPTY = ("tar: Exiting with failure status", "tar: Error is not recoverable")  # the reason is in a line before
 
 Feed = Callable[[IO[bytes]], None]
 
@@ -86,7 +87,7 @@ def _reason(status: int, lines: list[str]) -> str:
     if status > 128 and status - 128 in set(signal.Signals):
         return f"killed by {signal.Signals(status - 128).name}"
     known = [line for line in lines if any(reason in line for reason in REASONS)]
-    line = (known or lines)[-1]
+    line = (known or [line for line in lines if not line.startswith(EMPTY)] or lines)[-1]
     return f"the runner does not start there: {line}" if status == UNFIT else line
 
 
