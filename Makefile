@@ -1,6 +1,6 @@
 # make demo        export the demo bundle to ONNX Runtime, talk to it, validate it: build/demo/
 # make test        lint and the test suite;  make heavy: the tests that take minutes
-# make phone       of these, those on an emulated 64-bit ARM phone, over real adb
+# make phone       the tests on an emulated 64-bit ARM phone and board, over real adb and ssh
 # make lint        ruff and pyright
 # make bench       memory to export 1.1 billion weights; then a comparison with llama.cpp (compiled on the first run),
 #                  onnxruntime-genai and transformers: 25 minutes
@@ -27,13 +27,14 @@ demo: .venv/ready
 	$(CLI) run $(DEMO)/package --prompt "Write seven hundred twenty in digits."
 	$(CLI) validate $(DEMO)/package --bundle $(DEMO)/bundle --device host
 
-# Both always run: a long line does not hide what the tests say.
+# Both always run: a long line does not hide what the tests say. In continuous integration, the phone's tests too.
 test: .venv-test/ready
-	.venv-test/bin/ruff check --output-format concise; lint=$$?; .venv-test/bin/python -m pytest -q -n 2 --dist loadfile && exit $$lint
+	.venv-test/bin/ruff check --output-format concise; lint=$$?; \
+	.venv-test/bin/python -m pytest -q -n 2 --dist loadfile $(if $(CI),-m "not heavy") && exit $$lint
 
 # Minutes, and a kernel that lets a user have a binfmt_misc of their own (Linux 6.7); skipped elsewhere.
 phone: .venv-test/ready
-	.venv-test/bin/python -m pytest -q -m heavy tests/devices/test_remote.py
+	.venv-test/bin/python -m pytest -q -m phone tests/devices
 
 heavy: .venv-test/ready
 	.venv-test/bin/python -m pytest -q -m heavy

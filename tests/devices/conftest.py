@@ -67,7 +67,7 @@ def phone_on(phone_files: Path) -> Iterator[Callable[[str], phones.Phone]]:
 
 @pytest.fixture
 def adb_bed(phone_on: Callable[[str], phones.Phone]) -> AdbBed:
-    bed = AdbBed(phone_on("max"))
+    bed = AdbBed(phone_on("cortex-a76"))
     shutil.rmtree(bed.place, ignore_errors=True)  # what the job before it left for the next one
     return bed
 
@@ -89,7 +89,7 @@ def browser_bed(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrowserBed]:
     shutil.rmtree(scratch)
 
 
-@pytest.fixture(params=["ssh", pytest.param("adb", marks=pytest.mark.heavy)])
+@pytest.fixture(params=["ssh", pytest.param("adb", marks=pytest.mark.phone)])
 def bed(request: pytest.FixtureRequest) -> Bed:
     """A real device of each transport."""
     return request.getfixturevalue(f"{request.param}_bed")

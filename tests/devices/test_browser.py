@@ -18,6 +18,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from calora_export.errors import DeviceError
 from calora_export.jobs import Case, Completion, InterruptedRun, Job, Safety, SafetyTrace, Timing, Trace
 from calora_export.package import Package
 from tests.conftest import Export, Variant
-from tests.devices.beds import BrowserBed, wait_for
+from tests.devices.beds import BrowserBed, interruptible, wait_for
 from tests.devices.sshd import free_port
 from tests.packages import copy_package, refresh
 from tests.tampering import adapter_file
@@ -73,6 +74,12 @@ class Running:
         self._thread.join(60)
         assert not self._thread.is_alive()
         return self.line
+
+
+def measured(bed: BrowserBed) -> None:
+    """Until all cases of a job are done, before it comes to what does not end."""
+    size = 2 * 5 * 256 * 4
+    wait_for(lambda: any(file.stat().st_size == size for file in bed.scratch.glob("*/logits.bin")))
 
 
 # ── addresses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -180,10 +187,12 @@ def test_the_tab_is_closed(web: Package, browser_bed: BrowserBed, monkeypatch: p
     port = free_port()
     monkeypatch.setenv("CALORA_BROWSER", f"{browser._program()[0]} --remote-debugging-port={port}")
     running = Running(web)
+    measured(browser_bed)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
         (page,) = [target["id"] for target in json.load(answer) if target["type"] == "page"]
     urllib.request.urlopen(f"http://127.0.0.1:{port}/json/close/{page}").close()
     assert running.end() == "browser: run: the page was closed, or crashed"
+    assert running.begun is not None and list(running.begun.logits) == ["base", "mix"]
     browser_bed.nothing_is_left()
     devices.run("browser", web, SMALL)
 
@@ -198,8 +207,7 @@ def test_the_page_crashes(web: Package, browser_bed: BrowserBed) -> None:
 def test_the_browser_is_killed(web: Package, browser_bed: BrowserBed) -> None:
     """What it had measured is kept."""
     running = Running(web)
-    size = 2 * 5 * 256 * 4  # of its cases, before it comes to what does not end
-    wait_for(lambda: any(file.stat().st_size == size for file in browser_bed.scratch.glob("*/logits.bin")))
+    measured(browser_bed)
     os.kill(browser_bed.main(), signal.SIGKILL)
     assert running.end() == "browser: run: the browser was killed by SIGKILL"
     assert running.begun is not None and list(running.begun.logits) == ["base", "mix"]
@@ -216,7 +224,7 @@ def test_the_page_hangs(web: Package, browser_bed: BrowserBed, monkeypatch: pyte
 def test_ctrl_c(web: Package, browser_bed: BrowserBed) -> None:
     """As from a terminal, which interrupts the whole group of processes."""
     command = [sys.executable, "-m", "calora_export", "bench", str(web.path), "--device", "browser"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=PIPE, text=True, start_new_session=True, preexec_fn=interruptible)
     wait_for(lambda: bool(browser_bed.processes("--type=renderer")))
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -42,8 +42,8 @@ class Place:
         ("ssh", "onnx-int4"),
         ("ssh", "executorch-8da4w"),
         pytest.param(("host:native", "onnx-int4"), marks=pytest.mark.heavy),
-        pytest.param(("adb", "onnx-int4"), marks=pytest.mark.heavy),
-        pytest.param(("adb", "executorch-8da4w"), marks=pytest.mark.heavy),
+        pytest.param(("adb", "onnx-int4"), marks=pytest.mark.phone),
+        pytest.param(("adb", "executorch-8da4w"), marks=pytest.mark.phone),
     ],
     ids="-".join,
 )
