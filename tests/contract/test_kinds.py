@@ -31,6 +31,7 @@ from calora_export.package import Package, Slots, SlotTensor
 from calora_export.runtimes import Mix, Session
 from tests.bundles import HIDDEN, LAYERS, tiny_base
 from tests.contract.test_target import OTHER_BASE
+from tests.devices.beds import require_browser
 from tests.importers import methods
 from tests.importers.methods import Delta, Install
 from tests.importers.test_reductions import IDS, SITES
@@ -360,12 +361,16 @@ MIXES: dict[str, dict[str, float]] = {name: {name: 1.0} for name in (*ROWS, *FAC
         ("host:native", "onnx-fp32"),
         ("host:native", "executorch-fp32"),
         ("host:native", "onnx-int4-fused"),
+        ("browser", "onnx-web"),
         pytest.param("host:native", "executorch-8da4w", marks=pytest.mark.heavy),
+        pytest.param("host:native", "onnx-web", marks=pytest.mark.heavy),
     ],
 )
 def test_a_runner_computes_what_python_does(
     exports: Callable[[str], Package], tmp_path: Path, device: str, recipe: str
 ) -> None:
+    if device == "browser":
+        require_browser()
     package = exports(recipe)
     forged = forge(package, tmp_path / "forged.factors")
     cases = tuple(Case(name, dict(mix), tuple(IDS[0].tolist()), 3) for name, mix in MIXES.items())
@@ -377,14 +382,25 @@ def test_a_runner_computes_what_python_does(
         assert name == "base" or np.abs(made.logits[name] - made.logits["base"]).max() > 0.1
 
 
-@pytest.mark.parametrize("recipe", ["onnx-fp32", "executorch-fp32"])
-def test_a_runner_refuses_what_python_does(exports: Callable[[str], Package], tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "recipe"),
+    [
+        ("host:native", "onnx-fp32"),
+        ("host:native", "executorch-fp32"),
+        pytest.param("browser", "onnx-web", marks=pytest.mark.heavy),
+    ],
+)
+def test_a_runner_refuses_what_python_does(
+    exports: Callable[[str], Package], tmp_path: Path, device: str, recipe: str
+) -> None:
+    if device == "browser":
+        require_browser()
     package = exports(recipe)
 
     def refused(package: Package, mix: Mix, expected: str) -> None:
         job = Job(threads=1, cases=(Case("one", dict(mix), (1, 2, 3), 2),))
-        with pytest.raises(DeviceError, match=f"^host: {expected}"):
-            devices.run("host:native", package, job)
+        with pytest.raises(DeviceError, match=f"^(host|browser: run): {expected}"):
+            devices.run(device, package, job)
 
     for expected, mix in NOT_ADDED.items():
         refused(package, mix, f"mix: {expected}")

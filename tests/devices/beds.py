@@ -13,6 +13,9 @@ from typing import Protocol
 
 import pytest
 
+from calora_export import onnxruntime_web
+from calora_export.devices import browser
+from calora_export.errors import DeviceError
 from tests.devices.phone import Phone
 from tests.devices.sshd import Sshd
 
@@ -109,6 +112,16 @@ class AdbBed:
 
     def readonly(self, patch: pytest.MonkeyPatch) -> None:
         patch.setenv("CALORA_DEVICE_DIR", "/mnt/readonly")
+
+
+def require_browser() -> None:
+    """Skip where nothing could run."""
+    try:
+        browser._program()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    if not onnxruntime_web.is_here():
+        pytest.skip("ONNX Runtime Web is not in the cache: `make test` fetches it with npm")
 
 
 class BrowserBed:

@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from calora_export import onnxruntime_web
-from calora_export.devices import browser
-from calora_export.errors import DeviceError
 from tests.conftest import Export
 from tests.devices import phone as phones
 from tests.devices import sshd
-from tests.devices.beds import AdbBed, Bed, BrowserBed, SshBed
+from tests.devices.beds import AdbBed, Bed, BrowserBed, SshBed, require_browser
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +71,7 @@ def adb_bed(phone_on: Callable[[str], phones.Phone]) -> AdbBed:
 
 @pytest.fixture
 def browser_bed(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrowserBed]:
-    try:
-        browser._program()
-    except DeviceError as error:
-        pytest.skip(str(error))
-    if not onnxruntime_web.is_here():
-        pytest.skip("ONNX Runtime Web is not in the cache: `make test` fetches it with npm")
+    require_browser()
     scratch = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))  # a browser has sockets there, whose paths must be short
     monkeypatch.setenv("TMPDIR", str(scratch))
     monkeypatch.setattr(tempfile, "tempdir", None)

@@ -1,23 +1,50 @@
 /** Adapters of a package, and blends of them: what the graph's adapter inputs are fed. */
 import { readTensors } from "./adapter_file.js";
 import { refusal } from "./errors.js";
+import { ARRAYS, numbersOf } from "./numbers.js";
 
-/** The inputs of the graph whose size grows with the rank R: down [parts · R, width], up [R, width], recovery [R]. */
-export function slotInputs(manifest) {
+/**
+ * The inputs of the graph that adapters fill. Those that grow with the rank R: down [parts · R, width], up [R, width],
+ * recovery and always [R], select [experts, R]. Those that do not: scales of layers, gates of every token (kind fixed).
+ * fill: of what an adapter does not have.
+ */
+export function adapterInputs(manifest) {
   const { slots } = manifest, inputs = new Map();
-  for (const key of ["scaled", "routed"]) // scales of layers, gates of every token
-    if (slots[key]) throw refusal("package.json", `slots.${key}`, "adapters of rows alone", key);
+  const usual = { type: "fp32", parts: 1, width: 1, fill: 0 };
+  const add = (kind, name, more) => inputs.set(name, { kind, name, ...usual, ...more });
+  const fixed = (name, shape, fill) => add("fixed", name, { shape, fill });
   for (const { down, up, parts, inputs: width, outputs } of slots.tensors) {
-    inputs.set(down, { kind: "down", name: down, type: slots.dtype, parts, width });
-    inputs.set(up, { kind: "up", name: up, type: slots.dtype, parts: 1, width: outputs });
+    add("down", down, { type: slots.dtype, parts, width });
+    add("up", up, { type: slots.dtype, width: outputs });
   }
-  if (slots.recovery)
-    inputs.set(slots.recovery, { kind: "recovery", name: slots.recovery, type: "fp32", parts: 1, width: 1 });
+  if (slots.recovery) add("recovery", slots.recovery);
+  for (const { site, inputs: width, outputs } of slots.tensors)
+    if (slots.scaled?.includes(site)) {
+      fixed(`${site}.before`, [width], 1);
+      fixed(`${site}.after`, [outputs], 1);
+    }
+  if (slots.routed) {
+    const { scopes, experts, features } = slots.routed;
+    for (const scope of scopes) {
+      fixed(`${scope}.router`, [experts, features], 0);
+      fixed(`${scope}.router_bias`, [2, experts], 0);
+    }
+    add("select", "select", { parts: experts });
+    add("always", "always", { fill: 1 });
+  }
   return [...inputs.values()];
 }
 
-function shapeOf(input, rank) {
-  return input.kind === "recovery" ? [rank] : [input.parts * rank, input.width];
+function shapeOf({ kind, parts, width, shape }, rank) {
+  if (kind === "fixed") return shape;
+  if (kind === "select") return [parts, rank];
+  return kind === "down" || kind === "up" ? [parts * rank, width] : [rank];
+}
+
+/** What an adapter without such has. */
+function empty(input, rank) {
+  const shape = shapeOf(input, rank), size = shape.reduce((a, b) => a * b, 1);
+  return { type: input.type, shape, data: new ARRAYS[input.type](size).fill(input.fill) };
 }
 
 /** { rank, tensors } of an adapter file; refuses one of another base, or with other tensors than the slots. */
@@ -44,34 +71,50 @@ export function parseAdapter(bytes, file, pack, inputs) {
 
 const described = (type, shape) => `${type} [${shape.join(", ")}]`;
 
-/** parts: [[adapter, gate], …]. Their rows side by side, gates folded into `up`, then zeros up to rank `least`. */
-export function blend(parts, inputs, least = 0) {
-  const rank = Math.max(least, parts.reduce((sum, [adapter]) => sum + adapter.rank, 0));
-  const tensors = new Map();
-  for (const input of inputs) {
-    const data = new (arrayOf(input.type))(input.parts * rank * input.width);
-    for (let part = 0; part < input.parts; part++) {
-      let to = part * rank * input.width;
-      for (const [adapter, gate] of parts) {
-        const size = adapter.rank * input.width;
-        const from = adapter.tensors.get(input.name).data.subarray(part * size, (part + 1) * size);
-        const rows = data.subarray(to, to + size);
-        rows.set(from);
-        if (input.kind === "up") scale(rows, input.type, Math.fround(gate));
-        to += size;
-      }
-    }
-    tensors.set(input.name, { type: input.type, shape: shapeOf(input, rank), data });
+/** The same of rows that were multiplied (factors.js). */
+export function layRows({ rank, sites }, inputs, slots) {
+  const tensors = new Map(inputs.map((input) => [input.name, empty(input, rank)]));
+  for (const { site, down, up, part, inputs: width } of slots.tensors) {
+    const rows = sites.get(site);
+    if (!rows) continue;
+    numbersOf(tensors.get(down)).set(rows.down, part * rank * width);
+    numbersOf(tensors.get(up)).set(rows.up);
   }
   return { rank, tensors };
 }
 
-const arrayOf = (type) => (type === "fp16" ? Uint16Array : Float32Array);
+/**
+ * parts: [[adapter, gate], …]. Their rows side by side, gates folded into `up`, then zeros up to rank `least`. Of what
+ * does not grow at most one adapter has more than nothing.
+ */
+export function blend(parts, inputs, least = 0) {
+  const rank = Math.max(least, parts.reduce((sum, [adapter]) => sum + adapter.rank, 0));
+  const tensors = new Map();
+  for (const input of inputs) {
+    const own = parts.map(([adapter]) => adapter.tensors.get(input.name));
+    const made = empty(input, rank);
+    if (input.kind === "fixed")
+      tensors.set(input.name, own.find(({ data }) => data.some((value) => value !== input.fill)) ?? made);
+    else tensors.set(input.name, sideBySide(parts, input, rank, made));
+  }
+  return { rank, tensors };
+}
 
-function scale(rows, type, gate) {
-  if (gate === 1) return;
-  if (type === "fp16" && !globalThis.Float16Array)
-    throw refusal("browser", "Float16Array", "known", "not", "gates of fp16 adapters need a newer browser");
-  const values = type === "fp16" ? new Float16Array(rows.buffer, rows.byteOffset, rows.length) : rows;
+function sideBySide(parts, input, rank, made) {
+  for (let part = 0; part < input.parts; part++) {
+    let to = part * rank * input.width;
+    for (const [adapter, gate] of parts) {
+      const size = adapter.rank * input.width;
+      const from = adapter.tensors.get(input.name).data.subarray(part * size, (part + 1) * size);
+      const rows = made.data.subarray(to, to + size);
+      rows.set(from);
+      if (input.kind === "up" && gate !== 1) scale(numbersOf({ type: input.type, data: rows }), Math.fround(gate));
+      to += size;
+    }
+  }
+  return made;
+}
+
+function scale(values, gate) {
   for (let i = 0; i < values.length; i++) values[i] *= gate;
 }

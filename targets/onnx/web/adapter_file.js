@@ -1,12 +1,9 @@
 /** An .onnx_adapter file, which is a flatbuffer: its tensors by name, where they lie in the file. */
 import { refusal } from "./errors.js";
+import { ARRAYS, numbersAt } from "./numbers.js";
 
 /** Element types as ONNX numbers them. */
-const TYPES = {
-  1: { name: "fp32", size: 4, of: Float32Array },
-  2: { name: "uint8", size: 1, of: Uint8Array },
-  10: { name: "fp16", size: 2, of: Uint16Array },
-};
+const TYPES = { 1: "fp32", 2: "uint8", 10: "fp16" };
 const PARAMETERS = 3;
 const NAME = 0, DIMS = 1, DATA_TYPE = 2, RAW_DATA = 3;
 
@@ -47,16 +44,13 @@ function tensorsOf(bytes) {
     const table = follow(list.at + 4 * i);
     const name = vector(table, NAME, 1), dims = vector(table, DIMS, 8), raw = vector(table, RAW_DATA, 1);
     const place = field(table, DATA_TYPE);
-    const type = TYPES[place ? view.getInt32(place, true) : 0] ?? { name: "another type", size: 1, of: Uint8Array };
+    const type = TYPES[place ? view.getInt32(place, true) : 0] ?? "another type";
     const shape = Array.from({ length: dims.count }, (_, d) => Number(view.getBigInt64(dims.at + 8 * d, true)));
-    const start = bytes.byteOffset + raw.at, count = raw.count / type.size;
-    if (!Number.isInteger(count)) throw new RangeError();
-    if (type.name !== "another type" && shape.reduce((a, b) => a * b, 1) !== count) throw new RangeError();
-    const data = start % type.size === 0
-      ? new type.of(bytes.buffer, start, count)
-      : new type.of(bytes.slice(raw.at, raw.at + raw.count).buffer);
+    const count = shape.reduce((a, b) => a * b, 1);
+    if (ARRAYS[type] && count * ARRAYS[type].BYTES_PER_ELEMENT !== raw.count) throw new RangeError();
+    const data = ARRAYS[type] ? numbersAt(bytes, type, raw.at, count) : null;
     const text = new TextDecoder().decode(bytes.subarray(name.at, name.at + name.count));
-    tensors.set(text, { type: type.name, shape, data });
+    tensors.set(text, { type, shape, data });
   }
   return tensors;
 }

@@ -1,5 +1,6 @@
 /** A package that a web server serves as files: what package.json says, and the files that it lists. */
 import { firstLine, refusal } from "./errors.js";
+import { readSafetensors } from "./safetensors.js";
 
 const FILE = "package.json";
 
@@ -27,6 +28,8 @@ export class Package {
     this.manifest = manifest;
   }
 
+  #shared = new Map();
+
   /** The bytes of a file of the package. */
   async read(name) {
     const listed = this.manifest.files[name];
@@ -37,12 +40,32 @@ export class Package {
     return bytes;
   }
 
-  /** The file of an adapter. */
-  adapterFile(id) {
+  /** The tensors of a file that adapters share, read once. */
+  async shared(name) {
+    if (!this.#shared.has(name)) this.#shared.set(name, readSafetensors(await this.read(name), name).tensors);
+    return this.#shared.get(name);
+  }
+
+  /** The entry of an adapter. */
+  adapter(id) {
     const entry = this.manifest.adapters.find((adapter) => adapter.id === id);
-    if (entry) return entry.file;
+    if (entry) return entry;
     const known = this.manifest.adapters.map((adapter) => adapter.id).join(", ");
     throw refusal(FILE, "adapters", `one of ${known || "none"}`, id);
+  }
+
+  /** Refuses a mix of adapters that no formula adds up. */
+  requireMixable(mix) {
+    const on = Object.entries(mix).filter(([, gate]) => gate !== 0), routed = [];
+    for (const [id, gate] of on) {
+      const { kind } = this.adapter(id);
+      if (kind === "scales" && (on.length > 1 || gate !== 1))
+        throw refusal("mix", id, "it alone at weight 1, since it multiplies layers",
+                      on.map(([other, weight]) => `${other}=${weight}`).join(", "));
+      if (kind === "routed") routed.push(id);
+    }
+    if (routed.length > 1)
+      throw refusal("mix", routed[1], "one adapter that weighs its experts by token", routed.join(" and "));
   }
 
   requireFingerprint(file, found) {

@@ -6,12 +6,12 @@
  *     await session.select({ reverse: 1 });
  *     const logits = await session.extend([5, 6, 7]);
  */
-import { blend, parseAdapter, slotInputs } from "./adapter.js";
+import { adapterInputs, blend, layRows, parseAdapter } from "./adapter.js";
 import { firstLine, refusal } from "./errors.js";
+import { FACTORS, multiplyFactors } from "./factors.js";
 import { download, Package } from "./package.js";
 
 const TYPES = { fp32: "float32", fp16: "float16" };
-const SUFFIX = ".onnx_adapter"; // no .factors: nothing here multiplies what adapters share
 
 export class Session {
   /** url: the package's directory; ort: onnxruntime-web; provider: "wasm" or "webgpu", for the model. */
@@ -32,7 +32,7 @@ export class Session {
     this.#provider = provider;
     this.#model = model;
     this.#caches = caches;
-    this.#inputs = slotInputs(pack.manifest);
+    this.#inputs = adapterInputs(pack.manifest);
     this.#rows = this.#feedsOf(this.#blend([]));
     this.forget();
   }
@@ -42,6 +42,7 @@ export class Session {
 
   /** Activates a mix, { id: gate }; {} is the base. The cache is emptied, since its keys are those of another mix. */
   async select(mix, { keepCache = false } = {}) {
+    this.package.requireMixable(mix);
     const parts = [];
     for (const [id, gate] of Object.entries(mix)) if (gate !== 0) parts.push([await this.#adapter(id), gate]);
     const alone = parts.length === 1 && parts[0][1] === 1;
@@ -90,16 +91,21 @@ export class Session {
   /** Checks that the adapter file at a URL may run on this base; throws when it may not. */
   async admit(url) {
     const name = new URL(url, this.package.base).pathname.split("/").pop();
-    parseAdapter(await download(url, name), name, this.package, this.#inputs);
+    await this.#opened(await download(url, name), name);
   }
 
   async #adapter(id) {
     if (!this.#adapters.has(id)) {
-      const file = this.package.adapterFile(id), name = file.split("/").pop();
-      if (!name.endsWith(SUFFIX)) throw refusal(name, "file", `*${SUFFIX}`, "another", "export it as plain LoRA");
-      this.#adapters.set(id, parseAdapter(await this.package.read(file), name, this.package, this.#inputs));
+      const { file } = this.package.adapter(id);
+      this.#adapters.set(id, await this.#opened(await this.package.read(file), file.split("/").pop()));
     }
     return this.#adapters.get(id);
+  }
+
+  async #opened(bytes, name) {
+    if (!name.endsWith(FACTORS)) return parseAdapter(bytes, name, this.package, this.#inputs);
+    const rows = await multiplyFactors(bytes, name, this.package);
+    return layRows(rows, this.#inputs, this.package.manifest.slots);
   }
 
   /** WebGPU fails on tensors of no elements: there the base has one row of zeros, which adds nothing. */
