@@ -1,6 +1,7 @@
 """A sentence encoder of a router: BERT, RoBERTa and ALBERT in one, with operators that every converter knows.
 
-Written for one text at a time, so that there is neither padding nor a mask.
+Written for one text at a time, so that there is neither padding nor a mask, and no batch that converters would have
+to fold away and unfold at every layer.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class Encoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [1, T] → the text as one vector [1, hidden]."""
-        x = self.embeddings(ids)
+        x = self.embeddings(ids[0])
         for index in range(self.config.layers):
             x = self.layers[0 if self.config.shared_layers else index](x)
-        return x[:, 0] if self.config.pooling == "first" else x.mean(dim=1)
+        return x[:1] if self.config.pooling == "first" else x.mean(dim=0, keepdim=True)
 
 
 class Embeddings(nn.Module):
-    """Word, position and the first segment's vector, added and normed; ids [1, T] → [1, T, hidden]."""
+    """Word, position and the first segment's vector, added and normed; ids [T] → [T, hidden]."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -57,14 +58,14 @@ class Embeddings(nn.Module):
             self.project = nn.Linear(size, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1]) + self.offset
+        positions = torch.arange(ids.shape[0]) + self.offset
         x = self.word(ids) + self.segment.weight + self.position(positions)
         x = self.norm(x)
         return self.project(x) if self.projected else x
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each added to its input and normed; x [1, T, hidden]."""
+    """Attention and feed-forward, each added to its input and normed; x [T, hidden]."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -79,10 +80,10 @@ class Layer(nn.Module):
         return self.output_norm(x + self.down(self.act(self.up(x))))
 
     def attend(self, x: Tensor) -> Tensor:
-        size = x.shape[2] // self.heads
-        q, k, v = (part(x).view(1, -1, self.heads, size).transpose(1, 2) for part in (self.query, self.key, self.value))
-        weights = (q @ k.transpose(2, 3) * (1 / math.sqrt(size))).softmax(-1)
-        return (weights @ v).transpose(1, 2).reshape(1, -1, self.heads * size)
+        size = x.shape[1] // self.heads
+        q, k, v = (part(x).view(-1, self.heads, size).transpose(0, 1) for part in (self.query, self.key, self.value))
+        weights = (torch.bmm(q, k.transpose(1, 2)) * (1 / math.sqrt(size))).softmax(-1)
+        return torch.bmm(weights, v).transpose(0, 1).reshape(-1, self.heads * size)
 
     def act(self, x: Tensor) -> Tensor:
         if self.activation == "relu":

@@ -37,22 +37,21 @@ class Collector:
 
     def __init__(self) -> None:
         self.cases: Cases = defaultdict(dict)
+        self.targets = {name: entry.target for name, entry in recipe.catalogue().items()}
+        self.targets |= {name: name for name in targets.names()}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             assert isinstance(item, pytest.Function)
             spec = getattr(item, "callspec", None)  # of parametrised tests alone
             file = item.path.relative_to(TESTS).as_posix()
-            found = ran_on(*spec.params.values()) if spec else set()
+            found = self.ran_on(*spec.params.values()) if spec else set()
             self.cases[file, item.originalname][spec.id if spec else ""] = found
 
-
-def ran_on(*parameters: object) -> set[str]:
-    """The targets among a case's parameters: by their names, or by those of their recipes."""
-    flat = [part for value in parameters for part in (value if isinstance(value, tuple) else (value,))]
-    known = {name: entry.target for name, entry in recipe.catalogue().items()}
-    known |= {name: name for name in targets.names()}
-    return {known[part] for part in flat if isinstance(part, str) and part in known}
+    def ran_on(self, *parameters: object) -> set[str]:
+        """The targets among a case's parameters: by their names, or by those of their recipes."""
+        flat = [part for value in parameters for part in (value if isinstance(value, tuple) else (value,))]
+        return {self.targets[part] for part in flat if isinstance(part, str) and part in self.targets}
 
 
 @pytest.fixture(scope="module")
