@@ -292,7 +292,8 @@ def check_tensors(
             raise BundleError(mismatch(file, name, f"a tensor {list(shape)}", "nothing"))
         info = tensors.info(name)
         if info.shape != shape:
-            raise BundleError(mismatch(tensors.file_of(name), name, f"{list(shape)}", f"{list(info.shape)}"))
+            hint = "was it trained for another base?" if len(info.shape) == len(shape) else ""
+            raise BundleError(mismatch(tensors.file_of(name), name, f"{list(shape)}", f"{list(info.shape)}", hint))
         if info.dtype not in FLOATS:
             raise BundleError(mismatch(tensors.file_of(name), name, " or ".join(FLOATS), info.dtype))
     for name in tensors.names():

@@ -355,7 +355,8 @@ def import_command(run: Callable[..., importers.Imported]) -> Callable[..., None
             if json:
                 emit({"bundle": str(made.bundle), "adapters": made.adapters})
             else:
-                out.print(f"Wrote {made.bundle} with {len(made.adapters)} adapter(s).", markup=False)
+                count = f"{len(made.adapters)} adapter{'' if len(made.adapters) == 1 else 's'}"
+                out.print(f"Wrote {made.bundle}: {count}. Next: calora-export inspect {made.bundle}", markup=False)
 
     own = signature(run, eval_str=True)
     switches = {"json": Json, "debug": Debug}
@@ -396,7 +397,9 @@ def reporting(debug: bool) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if debug:
             traceback.print_exc()
-        fail(f"{error.name} is not installed: pip install 'calora-export[all]'")
+        from calora_export import targets
+
+        fail(targets.missing(error.name or str(error)))
 
 
 def fail(line: str) -> NoReturn:

@@ -344,7 +344,8 @@ def written(path: Path, marker: str) -> Iterator[Path]:
     try:
         if path.exists() and not (path.is_dir() and (_is_ours(path / marker) or not any(path.iterdir()))):
             expected = f"a new or empty directory, or one with a {marker} of this tool"
-            raise PackageError(mismatch(path, "output", expected, "another one"))
+            found = "one with other content" if path.is_dir() else "a file"
+            raise PackageError(mismatch(path, "output", expected, found, "choose another name"))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:

@@ -59,7 +59,7 @@ def export(
     once more from the saved files, before they take the place of an older package.
     """
     recipe = recipes.load(recipe_name)
-    targets.require(recipe.target)
+    targets.require_installed(recipe.target)
     if device is not None:
         profiles.check(device, bundle_path, recipe_name)
     progress("reading the bundle")
@@ -87,7 +87,8 @@ def add_adapter(package_path: Path, adapter_path: Path) -> AdapterEntry:
     adapter = opened.rows()
     check_id(adapter.id, str(adapter_path), "id")
     if adapter.id in {entry.id for entry in manifest.adapters}:
-        raise PackageError(mismatch(packages.FILE, "adapters", "an id of its own", f"{adapter.id} again"))
+        hint = "the adapter's id is its directory's name: rename it"
+        raise PackageError(mismatch(packages.FILE, "adapters", "an id of its own", f"{adapter.id} again", hint))
     if adapter.fingerprint is not None:
         package.require_fingerprint(str(adapter_path), adapter.fingerprint)
     index = max((entry.class_index for entry in manifest.adapters), default=-1) + 1
@@ -166,6 +167,7 @@ def validate_each(
     if expected != found:
         hint = "another bundle's package"
         raise FingerprintError(mismatch(bundle_path, "base.fingerprint", expected, found, hint))
+    targets.require_installed(package.manifest.target)
     from calora_export import validation  # torch and transformers take seconds to import
 
     answers: dict[str, Validated] = {}

@@ -32,8 +32,8 @@ def emit(document: object) -> None:
 
 def show_rows(entries: Sequence[dict[str, str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in entries[0] if entries else ():
-        table.add_column(escape(column), overflow="fold")
+    for index, column in enumerate(entries[0] if entries else ()):
+        table.add_column(escape(column), overflow="fold", no_wrap=index == 0)  # names to copy stay whole
     for entry in entries:
         table.add_row(*map(escape, entry.values()))
     whole = out if out.is_terminal else Console(emoji=False, width=PIPE)  # in a pipe a row is a line

@@ -376,7 +376,25 @@ def test_a_missing_extra_says_how_to_get_it(opened: Path) -> None:
     command = [sys.executable, "-c", program, "run", str(opened), "--prompt", "x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "error: onnxruntime is not installed: pip install 'calora-export[all]'\n"
+    extra = "pip install 'calora-export[onnx]', or in a checkout '.[onnx]'"
+    assert done.stderr == f"error: onnxruntime is not installed: {extra}\n"
+
+
+@pytest.mark.parametrize("command", ["export", "validate", "bench"])
+def test_a_missing_extra_is_told_before_any_work(
+    tiny: Path, opened: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Before: after composing and tracing the model, or as the child process's ModuleNotFoundError."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    arguments: dict[str, list[object]] = {
+        "export": [tiny, "-o", tmp_path / "out", "--recipe", "onnx-int4"],
+        "validate": [opened, "--bundle", tiny],
+        "bench": [opened],
+    }
+    start = time.process_time()
+    line = error_line(call(command, *arguments[command]))
+    assert line == "onnxruntime is not installed: pip install 'calora-export[onnx]', or in a checkout '.[onnx]'"
+    assert time.process_time() - start < 3 and not (tmp_path / "out").exists()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

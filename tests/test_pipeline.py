@@ -162,7 +162,10 @@ def test_a_plain_peft_adapter_is_taken_at_its_word(alpha_only: Path, tiny: Path,
 
 def test_an_id_that_is_taken_is_refused(package: Path, tiny: Path) -> None:
     error = refusal(package, tiny / "adapters" / "alpha")
-    assert str(error) == "package.json: adapters: expected an id of its own, found alpha again"
+    assert str(error) == (
+        "package.json: adapters: expected an id of its own, found alpha again "
+        "(the adapter's id is its directory's name: rename it)"
+    )
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(package: Path, tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def run(address: str, package: Package, job: Job, progress: Progress = silent) -
     inputs = package.manifest.settings.adapter_inputs
     if package.manifest.target != "onnx" or inputs != "required":
         found = f"{package.manifest.recipe} for {package.manifest.target}"
-        raise DeviceError(mismatch(where.name, "recipe", "onnx-web, or one like it", found, "export again"))
+        hint = "export again with --recipe onnx-web"
+        raise DeviceError(mismatch(where.name, "recipe", "onnx-web, or one like it", found, hint))
     if job.cores:
         raise DeviceError(mismatch(where.name, "cores", "a profile without them", "some", "a page has no say in it"))
     program = None if where.port is not None else _program()

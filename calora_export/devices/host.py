@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from msgspec.structs import replace
 
-from calora_export import machine, native, profiles, runtimes
+from calora_export import machine, native, profiles, runtimes, targets
 from calora_export import package as packages
 from calora_export.devices import Progress, silent
 from calora_export.errors import CaloraError, DeviceError, PackageError, mismatch
@@ -71,6 +71,8 @@ def ask(program: Sequence[str], label: str, package: Package, job: Job) -> Trace
 
 
 def _program(address: str, package: Package) -> list[str]:
+    if address != "native":
+        targets.require_installed(package.manifest.target)
     if not address:
         return [sys.executable, "-m", __name__]
     target = package.manifest.target

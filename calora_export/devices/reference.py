@@ -18,9 +18,11 @@ from calora_export.package import Package
 
 def run(address: str, package: Package, job: Job, progress: Progress = silent) -> Trace:
     """Run the job in a child process; its one-line errors come back as DeviceError."""
-    if package.manifest.target != "coreml" or address:
-        expected = "reference, for a Core ML package"
-        raise DeviceError(mismatch("--device", "reference", expected, package.manifest.target, "use --device host"))
+    if address:
+        raise DeviceError(mismatch("--device", f"reference:{address}", "reference", "more"))
+    if package.manifest.target != "coreml":
+        found = f"one for {package.manifest.target}"
+        raise DeviceError(mismatch("--device", "reference", "a Core ML package", found, "use --device host"))
     return host.ask([sys.executable, "-m", __name__], "reference", package, job)
 
 

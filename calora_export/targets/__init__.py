@@ -9,13 +9,16 @@ MODEL                                                      the model's file in t
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from calora_export import quiet
-from calora_export.errors import RecipeError, mismatch
+import msgspec
+
+from calora_export import quiet, resources
+from calora_export.errors import RecipeError, UnsupportedError, mismatch
 
 if TYPE_CHECKING:
     from calora_export.graph import Graph
@@ -58,6 +61,28 @@ def require(name: str) -> None:
     """Refuse a target that does not exist, without importing one that does."""
     if name not in names():
         raise RecipeError(mismatch("recipe", "target", f"one of {', '.join(names())}", repr(name)))
+
+
+def require_installed(name: str) -> None:
+    """Refuse a target whose Python libraries are not installed, without importing any; the line names the extra."""
+    require(name)
+    for module in _libraries(name):
+        if importlib.util.find_spec(module) is None:
+            raise UnsupportedError(missing(module))
+
+
+def missing(module: str) -> str:
+    """The line for a Python library that is not installed: the extra that brings it."""
+    extra = next((name for name in resources.targets() if module in _libraries(name)), "all")
+    return f"{module} is not installed: pip install 'calora-export[{extra}]', or in a checkout '.[{extra}]'"
+
+
+def _libraries(name: str) -> tuple[str, ...]:
+    return msgspec.toml.decode((resources.target_dir(name) / "target.toml").read_bytes(), type=_Libraries).python
+
+
+class _Libraries(msgspec.Struct, frozen=True):
+    python: tuple[str, ...] = ()
 
 
 def load(name: str) -> Target:

@@ -328,7 +328,8 @@ def test_cores_cannot_be_chosen(web: Package) -> None:
 
 
 def test_a_package_for_another_runtime(package: Path) -> None:
-    expected = "recipe: expected onnx-web, or one like it, found onnx-int4 for onnx (export again)"
+    hint = "export again with --recipe onnx-web"
+    expected = f"recipe: expected onnx-web, or one like it, found onnx-int4 for onnx ({hint})"
     assert fault(packages.load(package)) == expected
 
 

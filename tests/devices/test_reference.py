@@ -161,7 +161,7 @@ def test_it_answers_from_a_process_of_its_own(exported: Export) -> None:
 
 
 def test_other_packages_are_refused(package: Path) -> None:
-    with pytest.raises(DeviceError, match="--device: reference: expected reference, for a Core ML package, found onnx"):
+    with pytest.raises(DeviceError, match="--device: reference: expected a Core ML package, found one for onnx"):
         devices.run("reference", packages.load(package), Job(threads=1))
 
 
