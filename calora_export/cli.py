@@ -56,7 +56,7 @@ Devices = Annotated[
     list[str], typer.Option("--device", help="Where to run, once or more: host, adb:SERIAL, ssh:HOST, browser …")
 ]
 ProfileName = Annotated[
-    str, typer.Option("--profile", help="A device profile: its threads and cores, and its budgets to judge by.")
+    str, typer.Option("--profile", help="A device profile: its threads, cores and examples, its budgets to judge by.")
 ]
 PackagePath = Annotated[Path, typer.Argument(help="A package directory.", metavar="PACKAGE", show_default=False)]
 

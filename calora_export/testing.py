@@ -23,7 +23,7 @@ OPTIONS = {
     "package": "The package to check.",
     "bundle": "The bundle that it was made from.",
     "device": "Where to run it: host, host:native, adb:SERIAL, ssh:HOST …",
-    "profile": "A device profile: its threads and cores, and its budgets to judge by.",
+    "profile": "A device profile: its threads, cores and examples, its budgets to judge by.",
 }
 DEFAULTS = {"device": "host", "profile": ""}
 
