@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -408,4 +409,7 @@ def fail(line: str) -> NoReturn:
 
 
 def main() -> None:
+    # Threads of torch that wait in a loop take the processor from those they wait for: on a busy machine the reference
+    # of a small model took ninety times as long. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,18 @@ def test_light_commands_and_mistakes_import_no_back_end(opened: Path, tiny: Path
     seen = watched(commands)
     for command, code, (found, imported) in zip(commands, codes, seen, strict=True):
         assert (found, imported) == (code, []), command
+
+
+@pytest.mark.parametrize(("said", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, found: str
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
+    if said is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == found
 
 
 def test_a_package_runs_and_grows_without_torch(opened: Path, tiny: Path, tmp_path: Path) -> None:
