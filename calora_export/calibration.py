@@ -21,9 +21,9 @@ def second_moments(bundle: Bundle) -> dict[str, np.ndarray]:
     """Site → float32 [in], the mean of x² of every feature over TOKENS positions, AT_ONCE at a time."""
     import torch  # seconds to import, like the model
 
-    from calora_export import golden, model
+    from calora_export import composing, golden
 
-    composed = model.compose(bundle, bundle.weight, context=AT_ONCE)
+    composed = composing.compose(bundle, bundle.weight, context=AT_ONCE)
     ids = torch.tensor([golden.stream(bundle, TOKENS)])
     sums: dict[str, torch.Tensor] = {}
     for part in ids.split(composed.shape.context, dim=1):

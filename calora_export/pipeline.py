@@ -195,13 +195,13 @@ class _Export:
     special: tuple[int | None, tuple[int, ...]]
 
     def run(self, lowering: targets.Target, progress: Progress) -> None:
-        from calora_export import golden, model  # torch and transformers take seconds to import
+        from calora_export import composing, golden, model  # torch and transformers take seconds to import
         from calora_export.graph import trace
 
         progress("composing the model")
         weights = Weights(self.bundle, self.recipe)
         context, activations = self.recipe.context, self.recipe.activations
-        composed = model.compose(self.bundle, weights, context=context, activations=activations)
+        composed = composing.compose(self.bundle, weights, context=context, activations=activations)
         progress("tracing the graph")
         specs, columns = self.bundle.manifest.adapters, self.recipe.joint_basis
         recovery = any(branch.act == "gelu" for spec in specs for branch in spec.branches)

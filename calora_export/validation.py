@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 
 from calora_export import adapters as rows
 from calora_export import (
+    composing,
     devices,
     generation,
     golden,
     joint_basis,
     latency,
-    model,
     parity,
     profiles,
     report,
@@ -146,13 +146,13 @@ class _Given:
 def _reference(package: Package, bundle: Bundle) -> Reference:
     context = package.manifest.model.context
     settings = package.manifest.settings
-    source = model.compose(bundle, bundle.weight, context=context)
+    source = composing.compose(bundle, bundle.weight, context=context)
     target = None
     columns = settings.joint_basis
     int8 = settings.adapters == "int8"
     if package.manifest.represented or settings.activations != "float" or int8 or columns is not UNSET:
         weights = Weights(bundle, settings)
-        target = model.compose(bundle, weights, context=context, activations=settings.activations)
+        target = composing.compose(bundle, weights, context=context, activations=settings.activations)
     known = {spec.id for spec in bundle.manifest.adapters}
     shipped = [entry.id for entry in package.manifest.adapters if entry.id in known]
     adapters = {identifier: rows.load_adapter(bundle, identifier) for identifier in _spaced(shipped, CHECKED)}
@@ -179,7 +179,7 @@ def _as_on(answer: Answer, reference: Reference, package: Package, bundle: Bundl
     if rounding in (None, settings.activations) or settings.activations == "float":
         return reference
     weights, context = Weights(bundle, settings), package.manifest.model.context
-    return replace(reference, target=model.compose(bundle, weights, context=context, activations=rounding))
+    return replace(reference, target=composing.compose(bundle, weights, context=context, activations=rounding))
 
 
 # ── what the device is asked ──────────────────────────────────────────────────────────────────────────────────────────

@@ -12,9 +12,10 @@ import transformers
 
 from calora_export import bundle as bundles
 from calora_export import calibration, golden, pipeline, recipe, resources
+from calora_export.composing import compose
 from calora_export.compression import quantize_calibrated, quantize_symmetric
 from calora_export.errors import RecipeError
-from calora_export.model import Rows, compose
+from calora_export.model import Rows
 from calora_export.weights import Weights
 from tests.bundles import edit_json, tiny_bundle
 

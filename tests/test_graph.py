@@ -8,8 +8,9 @@ from torch import Tensor
 
 from calora_export import bundle as bundles
 from calora_export.adapters import load_adapter
+from calora_export.composing import compose
 from calora_export.graph import Graph, Slot, trace
-from calora_export.model import Rows, SlotModel, compose
+from calora_export.model import Rows, SlotModel
 from tests.conftest import Families
 from tests.families import CONTEXT, LAYERS, VOCAB, Family, caloras, tokens
 

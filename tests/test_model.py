@@ -11,9 +11,10 @@ from torch import Tensor
 
 from calora_export import bundle as bundles
 from calora_export.adapters import Adapter, load_adapter, mix
+from calora_export.composing import compose
 from calora_export.compression import DenseWeight
 from calora_export.errors import BundleError, UnsupportedError
-from calora_export.model import Rows, SlotModel, compose
+from calora_export.model import Rows, SlotModel
 from tests.bundles import copy_bundle, edit_json, edit_tensors
 from tests.conftest import Families
 from tests.families import CONTEXT, NAMES, PREFILL, STEPS, Family, caloras, loras, tokens

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 from calora_export import bundle as bundles
-from calora_export import model, program
+from calora_export import composing, program
 from calora_export.errors import PackageError, UnsupportedError
 from calora_export.graph import Graph, Slot, trace
 from tests.conftest import Families
@@ -27,7 +27,7 @@ Edit = Callable[[dict], object]
 def traced(path: Path) -> Graph:
     """A bundle's base with a slot on every linear layer that its first adapter could have."""
     bundle = bundles.load(path)
-    composed = model.compose(bundle, bundle.weight, context=64)
+    composed = composing.compose(bundle, bundle.weight, context=64)
     sites = [site for group in composed.groups for site in group if site in bundle.linears]
     slots = tuple(Slot(site, bundle.linears[site][1], bundle.linears[site][0]) for site in sites)
     return trace(composed, slots, last_only=False, recovery=True)

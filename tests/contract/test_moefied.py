@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import runtimes
+from calora_export.composing import compose
 from calora_export.errors import BundleError
 from calora_export.importers.peft import run as import_peft
-from calora_export.model import compose
 from tests.bundles import copy_bundle, edit_json, edit_tensors, write_tokenizer
 from tests.conftest import Variant
 from tests.contract import logits

@@ -10,8 +10,8 @@ import pytest
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import profiles, recipe, runtimes
+from calora_export.composing import compose
 from calora_export.errors import BundleError
-from calora_export.model import compose
 from tests import pruned
 from tests.bundles import copy_bundle, edit_json, edit_tensors
 from tests.conftest import Variant

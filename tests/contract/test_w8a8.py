@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from calora_export import bundle as bundles
 from calora_export import package as packages
 from calora_export import pipeline, runtimes
+from calora_export.composing import compose
 from calora_export.errors import BundleError, UnsupportedError
 from calora_export.importers.peft import run as import_peft
-from calora_export.model import Rows, compose
+from calora_export.model import Rows
 from calora_export.weights import Weights
 from tests.bundles import copy_bundle, edit_json, write_json, write_tokenizer
 from tests.conftest import Variant

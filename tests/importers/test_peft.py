@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calora_export import bundle
 from calora_export.adapters import load_adapter
+from calora_export.composing import compose
 from calora_export.errors import BundleError, CaloraError, UnsupportedError
 from calora_export.importers.peft import run as import_peft
-from calora_export.model import Rows, SlotModel, compose
+from calora_export.model import Rows, SlotModel
 from tests.bundles import edit_json, tiny_bundle
 
 Q_V = ["q_proj", "v_proj"]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calora_export import bundle as bundles
 from calora_export.adapters import load_adapter, load_adapter_dir
+from calora_export.composing import compose
 from calora_export.importers import (
     ca_lora,
     chain_of_lora,
@@ -26,7 +27,7 @@ from calora_export.importers import (
     nola,
     sharelora,
 )
-from calora_export.model import Rows, SlotModel, compose
+from calora_export.model import Rows, SlotModel
 from tests.bundles import HIDDEN, LAYERS, LINEARS, tiny_base
 from tests.importers import methods
 from tests.importers.methods import Delta, Install
