@@ -15,7 +15,7 @@ export async function multiplyFactors(bytes, file, pack) {
   pack.requireFingerprint(file, metadata[slots.fingerprint] ?? "nothing");
   const text = tensors.get("layout");
   if (text?.type !== "uint8") throw refusal(file, "layout", "a tensor of cores", "nothing");
-  const layout = JSON.parse(new TextDecoder().decode(text.data));
+  const layout = layoutOf(text.data, file);
   if (layout.basis && !files[layout.basis]) throw refusal(file, "basis", "a file of this package", layout.basis);
   const basis = layout.basis ? await pack.shared(layout.basis) : new Map();
   const held = (name) => {
@@ -30,6 +30,16 @@ export async function multiplyFactors(bytes, file, pack) {
     sites.set(site, multiplied(held(names.down), held(names.up), names.core ? held(names.core) : null, slot, file));
   }
   return { rank: Math.max(0, ...[...sites.values()].map(({ up, outputs }) => up.length / outputs)), sites };
+}
+
+function layoutOf(text, file) {
+  try {
+    const layout = JSON.parse(new TextDecoder().decode(text));
+    if (layout?.sites) return layout;
+  } catch {
+    // said below
+  }
+  throw refusal(file, "layout", "JSON with sites", "something else");
 }
 
 /** down, and up [outputs, c] times core [c, r], or its diagonal [r], as [r, outputs]. */
