@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from calora_export import bundle as bundles
-from calora_export import cli, devices, latency, pipeline, runtimes, validation
+from calora_export import cli, devices, latency, pipeline, questions, runtimes, validation
 from calora_export import package as packages
 from calora_export import report as reports
 from calora_export.compression import Activations
@@ -241,7 +241,7 @@ class KeepsCache(onnx.OnnxSession):
     """Takes a conversation of one length along when the adapters change: the one that the check begins."""
 
     def select(self, mix: Mix, *, keep_cache: bool = False) -> None:
-        begun = (validation.PREFILL + validation.DECODE) // 2
+        begun = (questions.PREFILL + questions.DECODE) // 2
         super().select(mix, keep_cache=keep_cache or self._cache.length == begun)
 
 
@@ -479,11 +479,11 @@ def test_a_sentence_is_compared_under_what_the_router_reads_at_its_first_token(t
     task = bundles.read_manifest(bundle).tasks[0]
     line = {"prompt": "Say it.", "completion": " One is 1.5. Two! Three"}
     (bundle / task.eval).write_text(json.dumps(line) + "\n")
-    found = validation._sentences(bundles.load(bundle), 200)
+    found = questions.sentences(bundles.load(bundle), 200)
     tokenizer = Tokenizer.from_file(str(bundle / "base" / "tokenizer.json"))
     read = ["Say it.", "Say it. One is 1.5. ", "Say it. One is 1.5. Two! "]
     assert [sentence.text for sentence in found[:3]] == read
     for sentence, following in zip(found, found[1:], strict=False):
         assert tokenizer.decode(sentence.ids[: sentence.start]) == sentence.text
         assert following.start == len(sentence.ids) and following.ids[: following.start] == sentence.ids
-    assert validation._sentences(bundles.load(bundle), 10) == []
+    assert questions.sentences(bundles.load(bundle), 10) == []
