@@ -17,6 +17,7 @@ import msgspec
 
 from calora_export.errors import PackageError
 from calora_export.jobs import Conditions
+from calora_export.package import Zeros
 
 DeviceKind = Literal["host", "adb", "ssh", "browser", "apple", "reference"]
 
@@ -198,7 +199,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bound the effect. `runtime` is what ran it, in words. `sample`: how many adapters were compared, if not all.
     `complete` is false when the device went away before the end; what was measured until then is here, and nothing
     passed. `profile` is the device profile whose `budget` was judged. `represented` says
-    of how many weights the package has another form than the bundle, by both forms.
+    of how many weights the package has another form than the bundle, by both forms; `zeros` what those of pruned
+    weights take in it.
 
     Raises:
         ValueError: the verdict contradicts a part or `problems`, or nothing was compared.
@@ -225,6 +227,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     budget: tuple[BudgetRow, ...] = ()
     speed: Speed | None = None
     represented: dict[str, int] = {}
+    zeros: Zeros | None = None
 
     def __post_init__(self) -> None:
         failed = failed_parts(self)

@@ -146,6 +146,7 @@ def _report(given: _Given, problems: list[str], profile: Profile | None, profile
         tolerances=_tolerances(limits, settings),
         activations=activations,
         represented=dict(Counter(f"{entry.stored} as {entry.held}" for entry in package.manifest.represented)),
+        zeros=package.manifest.zeros or None,
         runtime=answer.runtime,
         complete=given.complete,
         profile=profile_name,

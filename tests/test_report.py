@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from calora_export.errors import PackageError
 from calora_export.jobs import Conditions
 from calora_export.latency import UNMEASURED
+from calora_export.package import Zeros
 from calora_export.report import (
     BudgetRow,
     DeviceInfo,
@@ -100,6 +101,7 @@ SCHEMA = {
         *("lengths", "cores", "mapped_mb", "before", "after"),
     ],
     "represented": None,
+    "zeros": ["weights", "numbers", "zeros", "stored", "bytes"],
 }
 
 BASE = ParityRow(
@@ -178,6 +180,7 @@ PASSED = Report(
     profile="pixel-8",
     budget=(BudgetRow(name="swap_ms", limit=50.0, found=1.31, passed=True),),
     speed=SPEED,
+    zeros=Zeros(weights=2, numbers=4096, zeros=2100, stored="dense", bytes=1050),
 )
 NO_EFFECT = msgspec.structs.replace(MIX, effect_ratio=0.0, passed=False)
 BROKEN = msgspec.structs.replace(ADAPTER, decode_max_abs=math.nan, kl_max=math.inf, sqnr_db=math.nan, passed=False)
@@ -398,6 +401,7 @@ def test_the_page_names_every_case_problem_and_version():
         "board",
         "onnx-int4",
         "/data/out/demo-int4",
+        "2100 of 4096 numbers, stored dense: 1050 bytes",
     ):
         assert line in text
     assert "reverse+sort" in text

@@ -69,6 +69,7 @@ def test_an_untouched_package_passes(copy: Path, tiny: Path) -> None:
         (case, against) for case in EVERY for against in ("source", "target")
     }
     assert report.router is not None and report.router.cases >= 50
+    assert report.zeros is not None and report.zeros == packages.load(copy).manifest.zeros
 
 
 @pytest.mark.usefixtures("in_process")
