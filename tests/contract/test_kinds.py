@@ -28,7 +28,7 @@ from calora_export.errors import DeviceError, FingerprintError, PackageError, Un
 from calora_export.importers import flora, llava_mole, lora_flow, lots, mtl_lora, peft, sharelora
 from calora_export.jobs import Case, Job, Safety, SafetyTrace
 from calora_export.package import Package, Slots, SlotTensor
-from calora_export.runtimes import Mix, Session
+from calora_export.runtimes import Mix, Session, _extras
 from tests.bundles import HIDDEN, LAYERS, tiny_base
 from tests.contract.test_target import OTHER_BASE
 from tests.devices.beds import require_browser
@@ -37,6 +37,7 @@ from tests.importers.methods import Delta, Install
 from tests.importers.test_reductions import IDS, SITES
 from tests.importers.test_targets import LIMITS, RECIPES, session_of
 from tests.packages import copy_package, refresh
+from tests.tampering import read_adapter
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,16 @@ def test_an_adapter_file_holds_only_what_is_its_own(package: Package) -> None:
         assert len(stored) - 1 == sites == entry.sites
     shared = {package.adapter(identifier).shared for identifier in FACTORED[:4]}
     assert shared == {"shared/joint.safetensors", "shared/tasks.safetensors"} <= package.manifest.files.keys()
+
+
+@pytest.mark.parametrize("recipe", ["onnx-fp32", "onnx-int4-fused"])
+def test_what_a_row_takes_is_counted(exports: Callable[[str], Package], recipe: str) -> None:
+    """A joint basis's saving is told by it: int8 rows have scales."""
+    package = exports(recipe)
+    slots, entry = package.manifest.slots, package.adapter("plain")
+    arrays = read_adapter(package.path / entry.file)
+    beside = {slots.recovery, slots.fingerprint, "always", *_extras.shapes(slots, 0)}
+    assert sum(a.nbytes for name, a in arrays.items() if name not in beside) == entry.rank * slots.row_bytes()
 
 
 def test_what_layers_share_is_in_an_adapter_file_once(package: Package) -> None:
