@@ -7,13 +7,16 @@ from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from calora_export import bundle as bundles
 from calora_export import fitness, manifest, strict_json
 from calora_export import package as packages
 from calora_export.bundle import BaseConfig, CompressionStep
 from calora_export.errors import PackageError, mismatch
+from calora_export.package import AdapterEntry
+
+_BESIDE_ROWS = {"scales": "scales of layers", "routed": "experts weighed by token"}
 
 
 class PrunedView(Struct, frozen=True):
@@ -169,6 +172,14 @@ def _times(branch: manifest.Branch) -> str:
     return f" × {branch.experts}" if branch.experts else ""
 
 
+def _held(entry: AdapterEntry) -> list[str]:
+    """What an adapter's file gives to the slots."""
+    held = [f"{entry.rank - entry.recovery_rows} identity rows", f"{entry.recovery_rows} gelu rows"]
+    if entry.shared is not UNSET:
+        held.append(f"cores in {entry.shared}")
+    return held if entry.kind is UNSET else [*held, _BESIDE_ROWS[entry.kind]]
+
+
 def _package(path: Path) -> PackageView:
     package = packages.load(path)
     made = package.manifest
@@ -177,7 +188,7 @@ def _package(path: Path) -> PackageView:
             entry.id,
             entry.task,
             entry.class_index,
-            [f"{entry.rank - entry.recovery_rows} identity rows", f"{entry.recovery_rows} gelu rows"],
+            _held(entry),
             entry.sites,
             entry.rank,
             _stored(made.files, entry.file),

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calora_export import bundle as bundles
-from calora_export import devices, factors, mlpackage, pipeline, resources, runtimes
+from calora_export import devices, factors, inspection, mlpackage, pipeline, resources, runtimes
 from calora_export import package as packages
 from calora_export.adapters import load_adapter
 from calora_export.devices import host
@@ -237,6 +237,12 @@ def test_what_a_row_takes_is_counted(exports: Callable[[str], Package], recipe: 
     arrays = read_adapter(package.path / entry.file)
     beside = {slots.recovery, slots.fingerprint, "always", *_extras.shapes(slots, 0)}
     assert sum(a.nbytes for name, a in arrays.items() if name not in beside) == entry.rank * slots.row_bytes()
+
+
+def test_inspect_says_what_an_adapter_has_beside_rows(package: Package) -> None:
+    shown = {adapter.id: adapter.branches[2:] for adapter in inspection.inspect(package.path).adapters}
+    assert shown["plain"] == [] and shown["first"] == ["cores in shared/joint.safetensors"]
+    assert (shown["german"], shown["mole"]) == (["scales of layers"], ["experts weighed by token"])
 
 
 def test_what_layers_share_is_in_an_adapter_file_once(package: Package) -> None:
