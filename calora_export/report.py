@@ -197,6 +197,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `problems` holds one line per failure. `tolerances` is what was judged against, by name: a metric
     (`kl_max`) or one reference's metric (`target.kl_max`); `effect_ratio_min` and `effect_ratio_max`
     bound the effect. `runtime` is what ran it, in words. `sample`: how many adapters were compared, if not all.
+    `added`: adapters of the package that the bundle does not have, so that there was nothing to compare them with.
     `complete` is false when the device went away before the end; what was measured until then is here, and nothing
     passed. `profile` is the device profile whose `budget` was judged. `represented` says
     of how many weights the package has another form than the bundle, by both forms; `zeros` what those of pruned
@@ -222,6 +223,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     activations: Mapping[str, float | None] = {}
     runtime: str = ""
     sample: Sample | None = None
+    added: tuple[str, ...] = ()
     complete: bool = True
     profile: str = ""
     budget: tuple[BudgetRow, ...] = ()

@@ -272,6 +272,9 @@ def show_report(made: Report, directory: Path) -> None:
         out.print(f"router: {made.router.cases} decisions {equal}, accuracy {number(made.router.accuracy)}")
     show_latency(made.latency, made.speed)
     show_budget(made.budget)
+    if made.added:
+        named = ", ".join(made.added)
+        out.print(f"Not compared, since the bundle does not have them: {named}.", markup=False, highlight=False)
     if made.sample is not None:
         out.print(f"{made.sample} adapters were compared, evenly spaced; no other was.")
     for problem in made.problems:

@@ -124,6 +124,7 @@ def _report(given: _Given, problems: list[str], profile: Profile | None, profile
     known = {spec.id for spec in given.bundle.manifest.adapters}
     shipped = sum(entry.id in known for entry in package.manifest.adapters)
     made = Report(
+        added=tuple(entry.id for entry in package.manifest.adapters if entry.id not in known),
         sample=None if shipped == len(reference.adapters) else Sample(checked=len(reference.adapters), of=shipped),
         package=package.manifest.name,
         target=package.manifest.target,

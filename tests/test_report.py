@@ -93,6 +93,7 @@ SCHEMA = {
     "activations": None,
     "runtime": None,
     "sample": None,
+    "added": None,
     "complete": None,
     "profile": None,
     "budget": ["name", "limit", "found", "passed"],

@@ -80,6 +80,19 @@ def test_fp32_needs_no_second_reference(package_fp32: Path, tiny: Path, tmp_path
 
 
 @pytest.mark.usefixtures("in_process")
+def test_an_adapter_that_the_bundle_does_not_have_is_named(package_fp32: Path, tiny: Path, tmp_path: Path) -> None:
+    package = copy_package(package_fp32, tmp_path / "package")
+    copy_bundle(tiny / "adapters" / "beta", tmp_path / "late")
+    pipeline.add_adapter(package, tmp_path / "late")
+    report = validated(package, tiny)
+    assert report.passed and report.added == ("late",)
+    assert not any("late" in row.case for row in report.parity)
+    reports.write(report, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Not compared, since the bundle does not have them: late." in page
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_bundle_without_adapters_and_router_validates(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle", adapters=(), router=False)
     pipeline.export(bundle, tmp_path / "package", "onnx-int4")
