@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,4 +213,6 @@ def _open(path: Path, threads: int, kernels: str = "stock") -> ort.InferenceSess
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise PackageError(f"{path.name}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from error
+        hint = "export again, if another version of this tool wrote it"
+        reason = textwrap.shorten(str(error).splitlines()[0], 200, placeholder=" …")
+        raise PackageError(f"{path.name}: ONNX Runtime refuses it: {reason} ({hint})") from error

@@ -12,8 +12,10 @@ from safetensors.numpy import load_file
 
 from calora_export import bundle as bundles
 from calora_export import package as packages
+from calora_export import resources
 from calora_export.adapters import Adapter, SiteRows, load_adapter, mix
 from calora_export.errors import FingerprintError, PackageError, UnsupportedError
+from calora_export.generation import Chat
 from calora_export.package import Package, Slots
 from calora_export.runtimes import onnx as runtime
 from calora_export.runtimes.onnx import OnnxSession
@@ -280,3 +282,16 @@ def test_logits_outlive_the_next_step(session: OnnxSession) -> None:
 def test_a_package_without_a_router_says_so(lowered: Lower) -> None:
     with pytest.raises(PackageError, match="router"):
         runtime.open_session(packages.load(lowered("qwen2")), 1).route([1])
+
+
+def test_the_program_of_the_page_answers_as_run_does(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/package.md, as printed: it knows only what the page and package.json say."""
+    page = (resources.root() / "docs" / "package.md").read_text("utf-8")
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "LoraAdapter()" in block)
+    monkeypatch.chdir(package)
+    names: dict[str, object] = {}
+    exec(compile(program, "package.md", "exec"), names)
+    opened = packages.load(package)
+    chat = Chat(opened, runtime.open_session(opened, 1))
+    read = chat.start("Write the word SAFARI backwards.", {opened.manifest.adapters[0].id: 1.0}).prefill
+    assert list(chat.stream(32)) and names["answer"] == chat.history[read:]
