@@ -13,7 +13,7 @@ from tests import zoo
 from tests.bundles import tiny_bundle
 
 
-@pytest.mark.parametrize("scheme", zoo.SCHEMES)
+@pytest.mark.parametrize("scheme", sorted(set(zoo.SCHEMES) - {zoo.FLOATS}))
 def test_a_compressed_base_is_described_as_it_is_stored(scheme: str, tmp_path: Path) -> None:
     made = zoo.animal(scheme, tmp_path / "zoo")
     with draft(made.bundle / "base", tmp_path / "out", None, "tests"):
