@@ -76,7 +76,7 @@ void append_int8(const std::vector<float>& rows, int64_t rank, std::vector<char>
     const float scale = most > 0.0f ? std::max(most / 127.0f, std::numeric_limits<float>::min()) : 1.0f;
     scales.push_back(scale);
     for (size_t i = 0; i < width; ++i)
-      rounded.push_back(char(std::clamp(std::nearbyint(row[i] / scale), -128.0f, 127.0f)));
+      rounded.push_back(char(int8_t(std::clamp(std::nearbyint(row[i] / scale), -128.0f, 127.0f))));
   }
 }
 
