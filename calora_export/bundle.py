@@ -193,7 +193,7 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
     for index, task in enumerate(manifest.tasks):
         _check_eval(path, task, f"tasks[{index}].eval")
     if deep:
-        _check_base_bytes(bundle)
+        check_bytes(bundle)
     return bundle
 
 
@@ -362,7 +362,8 @@ def _check_eval(bundle: Path, task: TaskSpec, key: str) -> None:
         strict_json.decode(line, _Example, f"{task.eval}:{number}")
 
 
-def _check_base_bytes(bundle: Bundle) -> None:
+def check_bytes(bundle: Bundle) -> None:
+    """What `load` does not, unless it is to be deep: read all of the base."""
     stored = bundle.base.fingerprint()
     if stored != bundle.manifest.base.fingerprint:
         hint = "base/ is not the base that the adapters were trained for"

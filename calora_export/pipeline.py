@@ -63,9 +63,10 @@ def export(
     if device is not None:
         profiles.check(device, bundle_path, recipe_name)
     progress("reading the bundle")
-    bundle = bundles.load(bundle_path, deep=True)
+    bundle = bundles.load(bundle_path)
     Weights(bundle, recipe).check()
     special = tokens.special_tokens(bundle)
+    bundles.check_bytes(bundle)  # last: of a large base it takes seconds
     with packages.written(out, packages.FILE) as directory:
         job = _Export(bundle, directory, recipe, Path(recipe_name).stem, special)
         job.run(targets.load(recipe.target), progress)

@@ -30,10 +30,11 @@ def emit(document: object) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
 
 
-def show_rows(entries: Sequence[dict[str, str]]) -> None:
+def show_rows(entries: Sequence[dict[str, str]], *, names: bool = True) -> None:
+    """A column for each key. names: those of the first are to be copied, and stay whole."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(entries[0] if entries else ()):
-        table.add_column(escape(column), overflow="fold", no_wrap=index == 0)  # names to copy stay whole
+        table.add_column(escape(column), overflow="fold", no_wrap=names and index == 0)
     for entry in entries:
         table.add_row(*map(escape, entry.values()))
     whole = out if out.is_terminal else Console(emoji=False, width=PIPE)  # in a pipe a row is a line
@@ -53,7 +54,7 @@ def show_formats(cells: Sequence[Cell]) -> None:
         for recipe, column in columns.items():
             alike.setdefault(tuple(column[scheme] for scheme in schemes), []).append(recipe.replace(f"{target}-", "…"))
         head = (f"{target}-…", *("\n".join(names) for names in alike.values()))
-        show_rows([dict(zip(head, row, strict=True)) for row in zip(schemes, *alike, strict=True)])
+        show_rows([dict(zip(head, row, strict=True)) for row in zip(schemes, *alike, strict=True)], names=False)
         for note, number in notes.items():
             out.print(f"  ({number}) {note}", markup=False, highlight=False)
         out.print()
