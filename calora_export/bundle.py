@@ -181,7 +181,9 @@ def load(path: Path, *, deep: bool = False) -> Bundle:
         found = "a file" if path.exists() else "nothing"
         raise BundleError(mismatch(path, "bundle", f"a directory with {FILE}", found))
     if not (path / FILE).is_file():
-        raise BundleError(mismatch(FILE, "file", "a file", f"nothing in {path}"))
+        model = (path / "config.json").is_file()
+        hint = "a model becomes a bundle by `calora-export import peft`" if model else ""
+        raise BundleError(mismatch(FILE, "file", "a file", f"nothing in {path}", hint))
     manifest = read_manifest(path)
     bundle = Bundle(path, manifest, *open_base(path / "base", "base"))
     _check_compression(manifest, bundle.weights.formats)

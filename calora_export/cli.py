@@ -22,6 +22,7 @@ from calora_export.errors import CaloraError
 from calora_export.screen import (
     emit,
     err,
+    many,
     out,
     show_budget,
     show_bundle,
@@ -356,7 +357,7 @@ def import_command(run: Callable[..., importers.Imported]) -> Callable[..., None
             if json:
                 emit({"bundle": str(made.bundle), "adapters": made.adapters})
             else:
-                count = f"{len(made.adapters)} adapter{'' if len(made.adapters) == 1 else 's'}"
+                count = many(len(made.adapters), "adapter")
                 out.print(f"Wrote {made.bundle}: {count}. Next: calora-export inspect {made.bundle}", markup=False)
 
     own = signature(run, eval_str=True)

@@ -94,11 +94,12 @@ def show_bundle(view: BundleView) -> None:
 
 
 def show_exported(made: Manifest, directory: Path) -> None:
-    out.print(f"Wrote {directory}: {len(made.adapters)} adapters, {megabytes(made.nbytes)} in all.", markup=False)
+    held = f"{many(len(made.adapters), 'adapter')}, {megabytes(made.nbytes)} in all"
+    out.print(f"Wrote {directory}: {held}.", markup=False)
     if made.represented:
         worst = min(made.represented, key=lambda entry: entry.sqnr_db)
         out.print(
-            f"Not exactly as the bundle has them: {len(made.represented)} weights "
+            f"Not exactly as the bundle has them: {many(len(made.represented), 'weight')} "
             f"(worst: {worst.module}, {worst.stored} held as {worst.held}, {worst.sqnr_db} dB).",
             markup=False,
         )
@@ -347,6 +348,10 @@ def zeros(found: Zeros) -> str:
     if found.stored == "sparse":
         return f"{share}, left out: their mask takes {megabytes(found.bytes)}"
     return f"{share}, stored dense: they take {megabytes(found.bytes)}"
+
+
+def many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def number(value: float | None) -> str:

@@ -307,6 +307,11 @@ def bundle_is_a_package(tiny: Path, tmp_path: Path) -> tuple[list[object], str]:
     return [tmp_path, "-o", tmp_path / "out"], f"bundle.json: file: expected a file, found nothing in {tmp_path}"
 
 
+def bundle_is_a_model(tiny: Path, tmp_path: Path) -> tuple[list[object], str]:
+    line = f"bundle.json: file: expected a file, found nothing in {tiny / 'base'} (a model becomes a bundle by "
+    return [tiny / "base", "-o", tmp_path / "out"], line + "`calora-export import peft`)"
+
+
 def out_is_the_bundle(tiny: Path, tmp_path: Path) -> tuple[list[object], str]:
     return [tiny, "-o", tiny], f"{tiny}: output: expected a new or empty directory, or one with a package.json of this"
 
@@ -358,6 +363,7 @@ Mistake = Callable[[Path, Path], tuple[list[object], str]]
     [
         bundle_is_a_file,
         bundle_is_a_package,
+        bundle_is_a_model,
         out_is_the_bundle,
         out_is_the_base,
         out_is_a_file,

@@ -69,7 +69,8 @@ def draft(base: Path, out: Path, name: str | None, source: str, top_k: int | Non
     """
     _check_out(out)
     if not base.is_dir():
-        raise BundleError(mismatch(base, "base", "a model directory", "a file" if base.exists() else "nothing"))
+        hint = "" if base.exists() else "nothing is downloaded: a model of a hub must be on this disk"
+        raise BundleError(mismatch(base, "base", "a model directory", "a file" if base.exists() else "nothing", hint))
     read_base_config(base, str(base))  # refuse what is not read before copying gigabytes
     with _staged(out) as staging:
         _copy_base(base, staging / "base")

@@ -255,7 +255,7 @@ def _no_weights(base: Path, adapter: Path) -> None:
         (
             lambda base, adapter: shutil.rmtree(base),
             BundleError,
-            ("base: expected a model directory, found nothing",),
+            ("base: expected a model directory, found nothing (nothing is downloaded",),
         ),
         (
             lambda base, adapter: shutil.rmtree(adapter),
