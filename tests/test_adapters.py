@@ -14,7 +14,7 @@ from calora_export.bundle import Bundle
 from calora_export.errors import BundleError, FingerprintError, UnsupportedError
 from tests.bundles import ALPHA, LORA_SITES, RANKS, RECOVERY_SITES, copy_bundle, edit_json, tiny_bundle
 
-SITES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in {*LORA_SITES, *RECOVERY_SITES}]
+SITES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in sorted({*LORA_SITES, *RECOVERY_SITES})]
 
 
 @pytest.fixture(scope="module")
