@@ -8,6 +8,7 @@
 #
 # Needs apt, unprivileged user namespaces, and a kernel that has binfmt_misc in them (Linux 6.7).
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin # chroot
 
 # unpack ARCH ROOT PACKAGE…: the packages and what they depend on, with a private apt state; no maintainer script runs
 unpack() {

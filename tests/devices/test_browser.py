@@ -373,13 +373,13 @@ def test_the_page_of_the_documentation_runs(web: Package, browser_bed: BrowserBe
     """As it is printed there, with the modules that it names; of letters it makes tokens more simply."""
     text = (Path(browser.resources.root()) / "docs" / "browser.md").read_text()
     page = text.partition("```html\n")[2].partition("```")[0]
-    names = ("session.js", "package.js", "adapter.js", "adapter_file.js", "errors.js")
-    assert ", ".join(names) in text
+    names = "session.js, package.js, adapter.js, adapter_file.js, factors.js, safetensors.js, numbers.js, errors.js"
+    assert names in text
     (tmp_path / "index.html").write_text(page.replace("</script>", ASK + "</script>"))
     (tmp_path / "tokenizer.js").write_text(TOKENIZER)
     own = browser.resources.target_dir("onnx") / "web"
     files = {name: tmp_path / name for name in ("index.html", "tokenizer.js")}
-    files |= {f"calora/{name}": own / name for name in names}
+    files |= {f"calora/{name}": own / name for name in names.split(", ")}
     files |= {f"ort/{name}": onnxruntime_web.directory() / name for name in onnxruntime_web.BUILDS["wasm"]}
     files |= {f"package/{name}": web.path / name for name in ("package.json", *web.manifest.files)}
     server = PageServer("127.0.0.1", 0, files, tmp_path)
