@@ -410,7 +410,7 @@ def fail(line: str) -> NoReturn:
 
 
 def main() -> None:
-    # Threads of torch that wait in a loop take the processor from those they wait for: on a busy machine the reference
-    # of a small model took ninety times as long. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The reference's matrices are small: two threads of torch export a 135M model more slowly than one, and on a busy
+    # machine they wait for each other, spinning. Read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     app()

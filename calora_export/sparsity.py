@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 from msgspec import UNSET, UnsetType
 
 from calora_export.compression import DenseWeight, PackedWeight, fewest_bits, nonzero
@@ -50,9 +51,9 @@ def total(pruned: Collection[Pruned], recipe: Recipe) -> Zeros | UnsetType:
 
 
 def _zeros(weight: DenseWeight | PackedWeight) -> int:
-    if isinstance(weight, DenseWeight):
-        return int((~nonzero(weight.values)).sum())
-    return int((~nonzero(weight.q, weight.zero, weight.codebook)).sum())
+    held = (weight.values,) if isinstance(weight, DenseWeight) else (weight.q, weight.zero, weight.codebook)
+    kept = nonzero(*held)
+    return kept.size - int(np.count_nonzero(kept))
 
 
 def _bits(weight: DenseWeight | PackedWeight, target: str) -> int:

@@ -109,16 +109,16 @@ def test_light_commands_and_mistakes_import_no_back_end(opened: Path, tiny: Path
         assert (found, imported) == (code, []), command
 
 
-@pytest.mark.parametrize(("said", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+@pytest.mark.parametrize(("said", "found"), [(None, "1"), ("4", "4")])
+def test_the_reference_has_one_thread_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, said: str | None, found: str
 ) -> None:
     monkeypatch.setattr(cli, "app", lambda: None)
-    monkeypatch.setenv("OMP_WAIT_POLICY", said or "")
+    monkeypatch.setenv("OMP_NUM_THREADS", said or "")
     if said is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+        monkeypatch.delenv("OMP_NUM_THREADS")
     cli.main()
-    assert os.environ["OMP_WAIT_POLICY"] == found
+    assert os.environ["OMP_NUM_THREADS"] == found
 
 
 def test_a_package_runs_and_grows_without_torch(opened: Path, tiny: Path, tmp_path: Path) -> None:
